@@ -1,0 +1,1 @@
+"""Images to `Features`. Imports only torch and safetensors."""

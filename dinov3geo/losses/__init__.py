@@ -1,0 +1,1 @@
+"""The losses of the recipe: pure functions on tensors."""
