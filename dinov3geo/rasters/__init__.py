@@ -1,0 +1,1 @@
+"""Georeferencing and raster I/O. Knows no neural network."""

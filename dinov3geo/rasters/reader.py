@@ -1,0 +1,464 @@
+"""Reads windows of rasters, always together with a mask of the pixels that hold data."""
+
+from __future__ import annotations
+
+import glob
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio import warp
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio.io import DatasetReader
+from rasterio.windows import Window
+
+from dinov3geo.errors import DataError, GeoreferenceError, RasterError
+from dinov3geo.rasters.grid import PixelGrid, aligned_window
+from dinov3geo.rasters.tiff import missing_bytes
+
+Array = NDArray[Any]
+Mask = NDArray[np.bool_]
+
+RASTER_SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2")
+RESAMPLINGS = {
+    "nearest": Resampling.nearest,
+    "bilinear": Resampling.bilinear,
+    "average": Resampling.average,
+}
+
+# A warp reads at most this many source pixels at once (larger ones are split).
+_MAX_SOURCE_PIXELS = 2**25
+# Of the weight of the valid source pixels, what makes a bilinear result valid: most of it.
+_MIN_WEIGHT = {"bilinear": 0.5, "average": 1e-6}
+
+
+@dataclass(frozen=True, slots=True)
+class SceneInfo:
+    """What a raster's header says.
+
+    Attributes:
+        path: the file.
+        grid: its georeferenced lattice.
+        num_bands: bands in the file, alpha included.
+        dtype: numpy name of the first band's numbers.
+        nodata: declared number per band, None where there is none.
+        band_names: descriptions per band, "" where there is none.
+    """
+
+    path: Path
+    grid: PixelGrid
+    num_bands: int
+    dtype: str
+    nodata: tuple[float | None, ...]
+    band_names: tuple[str, ...]
+
+
+def find_rasters(spec: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Lists raster files.
+
+    Args:
+        spec: a folder (searched recursively for *.tif, *.tiff, *.vrt, *.jp2 in any case; hidden files are
+            skipped), a file (any name), a glob such as `plots/**/*_rgb.tif`, or a sequence of these.
+
+    Returns:
+        Sorted paths without duplicates, at least one.
+
+    Raises:
+        RasterError: a named file or folder does not exist.
+        DataError: nothing was found.
+    """
+    specs = [spec] if isinstance(spec, str | Path) else list(spec)
+    found = sorted({path for item in specs for path in _find(item)})
+    if not found:
+        listed = ", ".join(str(item) for item in specs) or "an empty list"
+        raise DataError(
+            f"no raster found in {listed}; expected a file, folder or glob of "
+            f"{', '.join(RASTER_SUFFIXES)} files"
+        )
+    return found
+
+
+def inspect_scene(path: str | Path) -> SceneInfo:
+    """Reads a raster's header and checks that it can be used.
+
+    Raises:
+        RasterError: no such file, not a raster, or truncated.
+        GeoreferenceError: no CRS, no affine transform, rotated or sheared.
+    """
+    with _open(Path(path)) as dataset:
+        return _info(Path(path), dataset)
+
+
+class SceneReader:
+    """Reads windows of one raster in its own grid; a context manager that keeps the file open.
+
+    Not for use by several threads or processes at once: open one reader in each.
+    """
+
+    def __init__(
+        self, path: str | Path, *, bands: Sequence[int] | None = None, nodata: float | None = None
+    ) -> None:
+        """Opens the file.
+
+        Args:
+            path: raster file.
+            bands: 1-based indexes in the order wanted; None for all bands but alpha.
+            nodata: number that means "no data" if the file declares none.
+
+        Raises:
+            RasterError: no such file, not a raster, or truncated.
+            GeoreferenceError: no CRS, no affine transform, rotated or sheared.
+            DataError: a band that the file does not have.
+        """
+        self.path = Path(path)
+        self._dataset = _open(self.path)
+        try:
+            self.info = _info(self.path, self._dataset)
+            self.bands = self._select(bands)
+            self._numbers = self._nodata_numbers(nodata)
+            self._mask_bands, self._alpha_bands = self._mask_sources()
+        except BaseException:
+            self._dataset.close()
+            raise
+
+    def __enter__(self) -> Self:
+        """Returns the reader."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the file."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._dataset.close()
+
+    @property
+    def fill(self) -> Array:
+        """[C] numbers in the file's dtype that stand at pixels without data: nodata where finite, else 0."""
+        numbers = [0.0 if n is None or not np.isfinite(n) else n for n in self._numbers]
+        return np.array(numbers, dtype=self._dtype)
+
+    def read(self, window: Window) -> tuple[Array, Mask]:
+        """Reads a window of whole pixels, which may reach beyond the edge.
+
+        Args:
+            window: in pixels of `info.grid`.
+
+        Returns:
+            Numbers [C, h, w] in the file's dtype, and [h, w] True where they are data: inside the raster, not
+            masked by a mask or alpha band, and not equal to nodata in all selected bands at once. Pixels
+            without data are always finite.
+
+        Raises:
+            RasterError: the file is damaged or truncated there.
+            DataError: NaN or infinity that neither nodata nor a mask explains.
+        """
+        row, col = round(window.row_off), round(window.col_off)
+        height, width = round(window.height), round(window.width)
+        row0, row1 = max(row, 0), min(row + height, self.info.grid.height)
+        col0, col1 = max(col, 0), min(col + width, self.info.grid.width)
+        if row1 <= row0 or col1 <= col0:
+            return self._blank(height, width), np.zeros((height, width), dtype=np.bool_)
+        inside = Window(col0, row0, col1 - col0, row1 - row0)
+        numbers, valid = self._read_inside(inside)
+        if valid.shape == (height, width):
+            return numbers, valid
+        padded, padded_valid = self._blank(height, width), np.zeros((height, width), dtype=np.bool_)
+        here = (slice(row0 - row, row1 - row), slice(col0 - col, col1 - col))
+        padded[:, *here] = numbers
+        padded_valid[here] = valid
+        return padded, padded_valid
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.result_type(*(self._dataset.dtypes[band - 1] for band in self.bands))
+
+    def _blank(self, height: int, width: int) -> Array:
+        blank = np.empty((len(self.bands), height, width), dtype=self._dtype)
+        blank[:] = self.fill[:, None, None]
+        return blank
+
+    def _read_inside(self, window: Window) -> tuple[Array, Mask]:
+        """Reads a window that lies inside the raster."""
+        try:
+            numbers: Array = self._dataset.read(list(self.bands), window=window, out_dtype=self._dtype)
+            valid = np.ones(numbers.shape[1:], dtype=np.bool_)
+            for band in self._mask_bands:
+                valid &= self._dataset.read_masks(band, window=window) > 0
+            for band in self._alpha_bands:
+                valid &= self._dataset.read(band, window=window) > 0
+        except RasterioError as error:
+            raise RasterError(
+                f"cannot read {self.path} at {_where(window)}: damaged or truncated ({error})"
+            ) from error
+        valid &= ~self._is_nodata(numbers)
+        if np.issubdtype(numbers.dtype, np.floating):
+            self._settle_non_finite(numbers, valid, window)
+        return numbers, valid
+
+    def _is_nodata(self, numbers: Array) -> Mask:
+        """[h, w] True where all bands equal their nodata, or where a declared NaN stands in any band."""
+        if any(number is None for number in self._numbers):
+            return np.zeros(numbers.shape[1:], dtype=np.bool_)
+        missing = np.ones(numbers.shape[1:], dtype=np.bool_)
+        some_nan = np.zeros_like(missing)
+        for band, number in zip(numbers, self._numbers, strict=True):
+            assert number is not None
+            if math.isnan(number):
+                is_nan = np.isnan(band)
+                some_nan |= is_nan
+                missing &= is_nan
+            else:
+                missing &= band == numbers.dtype.type(number)
+        return missing | some_nan
+
+    def _settle_non_finite(self, numbers: Array, valid: Mask, window: Window) -> None:
+        """Replaces NaN where there is no data; raises where there should be data."""
+        strange = ~np.isfinite(numbers)
+        if not strange.any():
+            return
+        unexplained = strange & valid
+        if unexplained.any():
+            _, row, col = np.argwhere(unexplained)[0]
+            raise DataError(
+                f"{self.path} holds NaN or infinity ({int(unexplained.any(axis=0).sum())} pixels at "
+                f"{_where(window)}, first at row {row + window.row_off}, column {col + window.col_off}) but "
+                f"declares nodata {self._numbers[0]}; set nodata=nan, "
+                "e.g. gdal_edit -a_nodata nan FILE"
+            )
+        np.copyto(numbers, self.fill[:, None, None], where=strange)
+
+    def _select(self, bands: Sequence[int] | None) -> tuple[int, ...]:
+        count = self.info.num_bands
+        if bands is None:
+            interpretation = self._dataset.colorinterp
+            data = tuple(i for i in range(1, count + 1) if interpretation[i - 1] != ColorInterp.alpha)
+            return data or tuple(range(1, count + 1))
+        if not bands or min(bands) < 1 or max(bands) > count:
+            raise DataError(
+                f"{self.path} has {count} band{'s' * (count != 1)}; bands {tuple(bands)} were asked for"
+            )
+        return tuple(bands)
+
+    def _nodata_numbers(self, fallback: float | None) -> tuple[float | None, ...]:
+        """Nodata per selected band, None where no stored number can equal it."""
+        declared = [self.info.nodata[band - 1] for band in self.bands]
+        numbers = declared if any(n is not None for n in declared) else [fallback] * len(declared)
+        return tuple(n if n is not None and _representable(n, self._dtype) else None for n in numbers)
+
+    def _mask_sources(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Bands whose GDAL mask counts, and alpha bands that are not read as data."""
+        flags = self._dataset.mask_flag_enums
+        masks = []
+        for band in self.bands:
+            own = flags[band - 1]
+            if MaskFlags.all_valid in own or MaskFlags.nodata in own or MaskFlags.alpha in own:
+                continue
+            masks.append(band)
+            if MaskFlags.per_dataset in own:
+                break
+        alpha = [
+            i
+            for i, meaning in enumerate(self._dataset.colorinterp, start=1)
+            if meaning == ColorInterp.alpha and i not in self.bands
+        ]
+        return tuple(masks), tuple(alpha)
+
+
+def read_on_grid(
+    source: str | Path | SceneReader,
+    grid: PixelGrid,
+    *,
+    bands: Sequence[int] | None = None,
+    resampling: str = "nearest",
+    nodata: float | None = None,
+) -> tuple[Array, Mask]:
+    """Reads a raster on another grid; warps only where the two grids do not line up.
+
+    Pixels without data never flow into the result: bilinear and average weigh valid source pixels only.
+
+    Args:
+        source: raster file, or an open reader (whose bands and nodata then hold).
+        grid: the wanted lattice.
+        bands: 1-based indexes; None for all but alpha.
+        resampling: "nearest", "bilinear" (valid where most of the weight is valid) or "average" (of all valid
+            pixels under the wanted one, for going coarser). Averages of whole numbers are rounded.
+        nodata: number that means "no data" if the file declares none.
+
+    Returns:
+        Numbers [C, h, w] in the file's dtype and [h, w] True where they come from valid pixels.
+
+    Raises:
+        RasterError, GeoreferenceError, DataError: as `SceneReader`; also an unknown resampling, or no
+            transformation between the two CRS.
+    """
+    if resampling not in RESAMPLINGS:
+        raise DataError(f"unknown resampling {resampling!r}; valid names: {', '.join(sorted(RESAMPLINGS))}")
+    if not isinstance(source, SceneReader):
+        with SceneReader(source, bands=bands, nodata=nodata) as reader:
+            return read_on_grid(reader, grid, resampling=resampling)
+    window = aligned_window(source.info.grid, grid)
+    if window is not None:
+        return source.read(window)
+    return _warp(source, grid, resampling)
+
+
+def _warp(source: SceneReader, grid: PixelGrid, resampling: str) -> tuple[Array, Mask]:
+    """Reads and warps, in halves if the source window would be too large."""
+    window = _covering_window(source.info.grid, grid)
+    if window is None:
+        return source._blank(*grid.shape_hw), np.zeros(grid.shape_hw, dtype=np.bool_)
+    if window.width * window.height > _MAX_SOURCE_PIXELS and max(grid.shape_hw) > 1:
+        axis = 0 if grid.height >= grid.width else 1
+        parts = [_warp(source, half, resampling) for half in _halves(grid, axis)]
+        numbers = np.concatenate([part[0] for part in parts], axis=axis + 1)
+        return numbers, np.concatenate([part[1] for part in parts], axis=axis)
+    numbers, valid = source.read(window)
+    source_grid = source.info.grid.window_grid(window)
+    return _warp_arrays(numbers, valid, source_grid, grid, resampling, source.fill)
+
+
+def _warp_arrays(
+    numbers: Array, valid: Mask, own: PixelGrid, wanted: PixelGrid, resampling: str, fill: Array
+) -> tuple[Array, Mask]:
+    """Warps numbers [C, h, w] and their mask [h, w] from one grid to another."""
+
+    def project(array: Array) -> Array:
+        target = np.zeros((*array.shape[:-2], *wanted.shape_hw), dtype=array.dtype)
+        warp.reproject(
+            array,
+            target,
+            src_transform=own.transform,
+            src_crs=own.crs,
+            dst_transform=wanted.transform,
+            dst_crs=wanted.crs,
+            resampling=RESAMPLINGS[resampling],
+            # Approximating costs up to 1/8 pixel by default, which would move labels against images.
+            tolerance=0.0 if own.crs == wanted.crs else 0.01,
+        )
+        return target
+
+    if resampling == "nearest":
+        target, target_valid = project(numbers), project(valid.astype(np.uint8)) > 0
+    else:
+        # Normalised convolution: the weights of invalid pixels are taken out of both sums.
+        working = np.float32 if numbers.dtype.itemsize <= 2 or numbers.dtype == np.float32 else np.float64
+        weight = project(valid.astype(working))
+        total = project(np.where(valid, numbers, 0).astype(working))
+        target_valid = weight >= _MIN_WEIGHT[resampling]
+        mean = np.divide(total, weight, out=np.zeros_like(total), where=target_valid)
+        target = (np.rint(mean) if np.issubdtype(numbers.dtype, np.integer) else mean).astype(numbers.dtype)
+    target[:, ~target_valid] = fill[:, None]
+    return target, target_valid
+
+
+def _covering_window(own: PixelGrid, wanted: PixelGrid) -> Window | None:
+    """The window of `own`, clipped to it, that holds all of `wanted` and a margin; None if they are apart."""
+    bounds = wanted.bounds
+    if own.crs != wanted.crs:
+        try:
+            bounds = warp.transform_bounds(wanted.crs, own.crs, *bounds, densify_pts=21)
+        except (CRSError, RasterioError) as error:
+            raise GeoreferenceError(f"no transformation from {wanted.crs} to {own.crs}: {error}") from error
+    if not all(math.isfinite(bound) for bound in bounds):
+        return None
+    inverse = ~own.transform
+    cols, rows = zip(*(inverse @ (x, y) for x in bounds[::2] for y in bounds[1::2]), strict=True)
+    margin = 3
+    col0, col1 = max(math.floor(min(cols)) - margin, 0), min(math.ceil(max(cols)) + margin, own.width)
+    row0, row1 = max(math.floor(min(rows)) - margin, 0), min(math.ceil(max(rows)) + margin, own.height)
+    if col1 <= col0 or row1 <= row0:
+        return None
+    return Window(col0, row0, col1 - col0, row1 - row0)
+
+
+def _halves(grid: PixelGrid, axis: int) -> tuple[PixelGrid, PixelGrid]:
+    """Splits a grid along its rows (axis 0) or columns (axis 1)."""
+    height, width = grid.shape_hw
+    if axis == 0:
+        cut = height // 2
+        return grid.window_grid(Window(0, 0, width, cut)), grid.window_grid(
+            Window(0, cut, width, height - cut)
+        )
+    cut = width // 2
+    return grid.window_grid(Window(0, 0, cut, height)), grid.window_grid(Window(cut, 0, width - cut, height))
+
+
+def _find(spec: str | Path) -> list[Path]:
+    """Rasters that one file, folder or glob names."""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        # Follows links to folders and skips hidden names.
+        candidates = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*", recursive=True))
+        return [p for p in candidates if p.suffix.lower() in RASTER_SUFFIXES and p.is_file()]
+    if not glob.has_magic(str(path)):
+        raise RasterError(f"no such file or folder: {spec}")
+    matches = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
+    # A pattern that names a suffix ("*.img") is taken at its word.
+    if glob.has_magic(path.suffix) or not path.suffix:
+        matches = [p for p in matches if p.suffix.lower() in RASTER_SUFFIXES]
+    return matches
+
+
+def _open(path: Path) -> DatasetReader:
+    """Opens a raster with errors that a user understands."""
+    if not path.exists():
+        raise RasterError(f"no such file: {path}")
+    if path.is_dir():
+        raise RasterError(f"{path} is a folder, expected a raster file")
+    try:
+        with warnings.catch_warnings():
+            # A missing position is an error of ours with a better message.
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            dataset = rasterio.open(path)
+    except RasterioIOError as error:
+        raise RasterError(
+            f"{path} cannot be opened as a raster ({error}); expected a GeoTIFF or the like"
+        ) from error
+    if dataset.count == 0:
+        dataset.close()
+        raise RasterError(f"{path} has no bands, expected a raster (is it a container of several?)")
+    return dataset
+
+
+def _info(path: Path, dataset: DatasetReader) -> SceneInfo:
+    # First of all: a file that has lost its end may have lost its georeference with it.
+    missing = missing_bytes(path, dataset)
+    if missing:
+        raise RasterError(
+            f"{path} is truncated: at least {missing} bytes are missing at its end; copy it again"
+        )
+    return SceneInfo(
+        path=path,
+        grid=PixelGrid.from_dataset(dataset),
+        num_bands=dataset.count,
+        dtype=dataset.dtypes[0],
+        nodata=tuple(dataset.nodatavals),
+        band_names=tuple(text or "" for text in dataset.descriptions),
+    )
+
+
+def _representable(number: float, dtype: np.dtype[Any]) -> bool:
+    """Whether a pixel of this dtype can equal the number."""
+    if np.issubdtype(dtype, np.integer):
+        limits = np.iinfo(dtype)
+        return math.isfinite(number) and number == int(number) and limits.min <= number <= limits.max
+    return True
+
+
+def _where(window: Window) -> str:
+    row, col = int(window.row_off), int(window.col_off)
+    return f"rows {row}-{row + int(window.height) - 1}, columns {col}-{col + int(window.width) - 1}"
