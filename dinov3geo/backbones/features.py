@@ -25,4 +25,5 @@ class Features:
 
     def map(self) -> Tensor:
         """Patch features as an image, [B, D, h, w]."""
-        return self.patches.transpose(1, 2).unflatten(2, self.grid_hw)
+        image: Tensor = self.patches.transpose(1, 2).unflatten(2, self.grid_hw)
+        return image

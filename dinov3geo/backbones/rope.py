@@ -51,7 +51,12 @@ class RotaryEmbedding:
     """
 
     def __init__(
-        self, head_dim: int, *, base: float = 100.0, rescale: float | None = 2.0, rounded_periods: bool = False
+        self,
+        head_dim: int,
+        *,
+        base: float = 100.0,
+        rescale: float | None = 2.0,
+        rounded_periods: bool = False,
     ) -> None:
         """Keeps the settings.
 
@@ -105,12 +110,13 @@ class RotaryEmbedding:
         if draw and self.rescale is not None:
             span = math.log(self.rescale)
             coordinates = coordinates * torch.empty(1, device=like.device).uniform_(-span, span).exp()
-        periods = rotation_periods(
-            self.head_dim, self.base, rounded=self.rounded_periods, device=like.device
-        )
+        periods = rotation_periods(self.head_dim, self.base, rounded=self.rounded_periods, device=like.device)
         angles = (2 * math.pi * coordinates[:, :, None] / periods).flatten(1)  # [N, head_dim / 2]
         cos, sin = angles.cos(), angles.sin()
-        prefix_cos, prefix_sin = cos.new_ones(num_prefix, cos.shape[1]), sin.new_zeros(num_prefix, cos.shape[1])
+        prefix_cos, prefix_sin = (
+            cos.new_ones(num_prefix, cos.shape[1]),
+            sin.new_zeros(num_prefix, cos.shape[1]),
+        )
         cos, sin = torch.cat([prefix_cos, cos]), torch.cat([prefix_sin, sin])
         return torch.cat([cos, cos], 1).to(like.dtype), torch.cat([-sin, sin], 1).to(like.dtype)
 

@@ -86,7 +86,9 @@ def load_backbone(name_or_path: str | Path = DEFAULT_BACKBONE) -> VisionTransfor
     path = locate_weights(name_or_path)
     card_path = path.with_suffix(".json")
     if not card_path.is_file():
-        raise ConfigError(f"{path} has no card beside it; expected {card_path.name}, written with the weights")
+        raise ConfigError(
+            f"{path} has no card beside it; expected {card_path.name}, written with the weights"
+        )
     card = BackboneCard.read(card_path)
     tensors = read_tensors(path)
     registers = tensors.get("register_tokens")

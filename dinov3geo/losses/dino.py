@@ -35,7 +35,9 @@ def dino_loss(
     num_student, batch, _ = student_logits.shape
     num_teacher = teacher_probs.shape[0]
     if student_logits.shape[1:] != teacher_probs.shape[1:]:
-        raise ValueError(f"student {list(student_logits.shape)} and teacher {list(teacher_probs.shape)} differ")
+        raise ValueError(
+            f"student {list(student_logits.shape)} and teacher {list(teacher_probs.shape)} differ"
+        )
     num_pairs = num_student * num_teacher - (min(num_student, num_teacher) if ignore_diagonal else 0)
     if num_pairs == 0:
         raise ValueError("no pair of different crops: give at least two global crops")

@@ -35,7 +35,10 @@ def gram_loss(
             f"student {list(student_patches.shape)} and anchor {list(anchor_patches.shape)} have other grids"
         )
     if not per_image:
-        student_patches, anchor_patches = student_patches.flatten(0, 1)[None], anchor_patches.flatten(0, 1)[None]
+        student_patches, anchor_patches = (
+            student_patches.flatten(0, 1)[None],
+            anchor_patches.flatten(0, 1)[None],
+        )
         valid = None if valid is None else valid.flatten()[None]
     student = F.normalize(student_patches.float(), dim=-1)
     anchor = F.normalize(anchor_patches.float(), dim=-1)

@@ -32,11 +32,13 @@ def koleo_loss(vectors: Tensor, *, group: dist.ProcessGroup | None = None, eps: 
             pool = torch.cat(list(dist_functional.all_gather(own, group=group)))
             offset = dist.get_rank(group) * len(own)
         if len(pool) < 2:
-            raise ValueError("KoLeo needs at least 2 images in the batch; raise the batch size or set its weight to 0")
+            raise ValueError(
+                "KoLeo needs at least 2 images in the batch; raise the batch size or set its weight to 0"
+            )
         with torch.no_grad():
             similarity = own @ pool.T  # [B, pool]
             own_index = torch.arange(len(own), device=own.device)
-                # Below any cosine: at -1 a vector could be taken for its own neighbour.
+            # Below any cosine: at -1 a vector could be taken for its own neighbour.
             similarity[own_index, own_index + offset] = -2
             nearest = similarity.argmax(1)
         distances = F.pairwise_distance(own, pool[nearest], eps=eps)

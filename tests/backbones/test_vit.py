@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from dinov3geo.backbones.card import BackboneCard, Normalization
 from dinov3geo.backbones.convert import from_transformers
 from dinov3geo.backbones.rope import RotaryEmbedding, rotate
@@ -58,7 +59,14 @@ def test_equals_transformers(variant: str, size_hw: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "millions"), [("vit_tiny", 5.5), ("vit_small", 21.6), ("vit_small_plus", 28.7), ("vit_base", 85.7), ("vit_large", 303.1)]
+    ("variant", "millions"),
+    [
+        ("vit_tiny", 5.5),
+        ("vit_small", 21.6),
+        ("vit_small_plus", 28.7),
+        ("vit_base", 85.7),
+        ("vit_large", 303.1),
+    ],
 )
 def test_parameter_counts(variant: str, millions: float) -> None:
     with torch.device("meta"):
@@ -157,7 +165,9 @@ def test_wrong_bands_say_so() -> None:
 
 
 def card(variant: str = "vit_tiny") -> BackboneCard:
-    return BackboneCard("test", variant, 16, RGB, gsd_m=(0.1, 0.2), trained_on=("nothing",), scores={"knn": 0.5})
+    return BackboneCard(
+        "test", variant, 16, RGB, gsd_m=(0.1, 0.2), trained_on=("nothing",), scores={"knn": 0.5}
+    )
 
 
 def test_saved_weights_come_back(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from dinov3geo.losses.dino import dino_loss
 from dinov3geo.losses.gram import gram_loss, resize_features
 from dinov3geo.losses.ibot import ibot_loss, mask_weights
 from dinov3geo.losses.koleo import koleo_loss
 from dinov3geo.losses.sinkhorn import sinkhorn_knopp
-from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, target: Tensor, temperature: float) -> float:
@@ -99,9 +100,7 @@ def test_ibot_without_masks_is_zero() -> None:
 def test_koleo_equals_the_naive_loop(generator: torch.Generator) -> None:
     vectors = torch.randn(6, 4, generator=generator)
     unit = vectors / vectors.norm(dim=1, keepdim=True)
-    nearest = [
-        min(float((unit[i] - unit[j]).norm()) for j in range(6) if j != i) for i in range(6)
-    ]
+    nearest = [min(float((unit[i] - unit[j]).norm()) for j in range(6) if j != i) for i in range(6)]
     expected = -sum(math.log(distance) for distance in nearest) / 6
     assert float(koleo_loss(vectors)) == pytest.approx(expected, rel=1e-4)
 
@@ -126,7 +125,11 @@ def test_koleo_of_one_vector_says_what_to_do() -> None:
 def test_gram_equals_the_naive_loop(per_image: bool, generator: torch.Generator) -> None:
     student = torch.randn(2, 3, 4, generator=generator)
     anchor = torch.randn(2, 3, 5, generator=generator)
-    groups = [(student[b], anchor[b]) for b in range(2)] if per_image else [(student.flatten(0, 1), anchor.flatten(0, 1))]
+    groups = (
+        [(student[b], anchor[b]) for b in range(2)]
+        if per_image
+        else [(student.flatten(0, 1), anchor.flatten(0, 1))]
+    )
     squares = []
     for s, a in groups:
         for i in range(len(s)):
@@ -142,7 +145,9 @@ def test_gram_leaves_out_patches_without_data(generator: torch.Generator) -> Non
     student, anchor = torch.randn(1, 5, 4, generator=generator), torch.randn(1, 5, 4, generator=generator)
     valid = torch.tensor([[True, True, True, False, True]])
     kept = [0, 1, 2, 4]
-    assert torch.allclose(gram_loss(student, anchor, valid=valid), gram_loss(student[:, kept], anchor[:, kept]))
+    assert torch.allclose(
+        gram_loss(student, anchor, valid=valid), gram_loss(student[:, kept], anchor[:, kept])
+    )
     poisoned = student.clone()
     poisoned[0, 3] = 1e6
     assert torch.equal(gram_loss(poisoned, anchor, valid=valid), gram_loss(student, anchor, valid=valid))

@@ -1,0 +1,1 @@
+"""Scenes or image folders to chips to crops."""

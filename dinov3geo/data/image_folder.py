@@ -1,0 +1,87 @@
+"""Folders of ordinary images, cut to chips of one size."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional
+
+from dinov3geo.errors import DataError, RasterError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+class ImageFolder(Dataset[dict[str, Tensor]]):
+    """All JPEG and PNG files below a folder, hidden ones left out.
+
+    A sample has `image` [3, S, S] uint8 and `valid` [S, S] bool (all True), so that images go through the
+    same crops as scenes; with `labels` also `label` [] int64, the position of its folder's name in `classes`.
+
+    Attributes:
+        files: sorted paths.
+        classes: sorted names of the folders that directly hold images.
+    """
+
+    def __init__(self, root: str | Path, *, chip_size: int, labels: bool = False) -> None:
+        """Lists the files.
+
+        Args:
+            root: folder, searched recursively.
+            chip_size: side S of the samples in pixels: the shorter side of an image is resized to it
+                (antialiased), the longer one cut about the centre.
+            labels: whether samples have a label.
+
+        Raises:
+            RasterError: no such folder.
+            DataError: no image in it, or a chip without pixels.
+        """
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise RasterError(f"no such folder: {root}")
+        if chip_size < 1:
+            raise DataError(f"a chip needs at least 1 pixel, got chip_size {chip_size}")
+        # Follows links to folders and skips hidden names.
+        below = map(Path, glob.iglob(f"{glob.escape(str(self.root))}/**/*", recursive=True))
+        self.files = sorted(p for p in below if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        if not self.files:
+            raise DataError(f"no image found in {root}; expected files named *{', *'.join(IMAGE_SUFFIXES)}")
+        self.classes = sorted({path.parent.name for path in self.files})
+        self._class_indexes = {name: index for index, name in enumerate(self.classes)}
+        self._chip_size = chip_size
+        self._labels = labels
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Reads one image.
+
+        Raises:
+            DataError: the file is damaged or no image.
+        """
+        path = self.files[index]
+        try:
+            image = decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError as error:
+            raise DataError(f"{path} cannot be decoded as JPEG or PNG: {error}") from error
+        # 16-bit PNG files arrive as uint16.
+        image = _fit(functional.to_dtype(image, torch.uint8, scale=True), self._chip_size)
+        sample = {"image": image, "valid": torch.ones(image.shape[1:], dtype=torch.bool)}
+        if self._labels:
+            sample["label"] = torch.tensor(self._class_indexes[path.parent.name])
+        return sample
+
+
+def _fit(image: Tensor, size: int) -> Tensor:
+    """Resizes the shorter side of [3, H, W] to `size` and cuts the longer one about the centre."""
+    if min(image.shape[1:]) != size:
+        image = functional.resize(image, [size], antialias=True)
+    if image.shape[1:] != (size, size):
+        image = functional.center_crop(image, [size, size])
+    return image

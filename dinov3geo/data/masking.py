@@ -1,0 +1,110 @@
+"""iBOT block masks with exact counts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+_TRIES = 10
+_SMALLEST_BLOCK = 4
+_ASPECT_RANGE = (0.3, 1 / 0.3)
+
+
+class MaskSettings(BaseModel):
+    """Which global crops lose which share of their patches."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    probability: float = Field(0.5, ge=0, le=1, description="share of the global crops that get a mask")
+    ratio: tuple[float, float] = Field((0.1, 0.5), description="smallest and largest masked share of a crop")
+
+
+def masked_counts(num_images: int, num_patches: int, settings: MaskSettings) -> list[int]:
+    """Masked patches per image, before shuffling.
+
+    The shares are stratified, not drawn: with n masked images, image i gets
+    `floor(P * linspace(low, high, n + 1)[i + 1])` patches, the others none.
+
+    Source: DINOv2 and DINOv3 training code, as facts.
+    """
+    num_masked = int(num_images * settings.probability)
+    shares = np.linspace(*settings.ratio, num_masked + 1)[1:]
+    return [int(num_patches * share) for share in shares] + [0] * (num_images - num_masked)
+
+
+def block_mask(
+    grid_hw: tuple[int, int], count: int, *, largest_block: float, rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Mask of exactly `count` patches: blocks first, then single patches to the exact number.
+
+    Args:
+        grid_hw: rows and columns.
+        count: patches to mask.
+        largest_block: in patches; each block's area is at most this and at most what is missing.
+        rng: source of randomness.
+
+    Returns:
+        [h, w] bool.
+
+    Source: Bao et al. 2022 (BEiT), algorithm 1, with random completion as in DINOv2.
+    """
+    height, width = grid_hw
+    mask = np.zeros(grid_hw, dtype=bool)
+    missing = count
+    while missing > 0:
+        placed = _place_block(mask, missing, min(missing, largest_block), rng)
+        if not placed:
+            break
+        missing -= placed
+    if missing > 0:
+        free = np.flatnonzero(~mask)
+        mask.reshape(-1)[rng.choice(free, size=missing, replace=False)] = True
+    return mask.reshape(height, width)
+
+
+def _place_block(mask: NDArray[np.bool_], missing: int, largest: float, rng: np.random.Generator) -> int:
+    height, width = mask.shape
+    for _ in range(_TRIES):
+        area = rng.uniform(_SMALLEST_BLOCK, max(largest, _SMALLEST_BLOCK))
+        aspect = math.exp(rng.uniform(math.log(_ASPECT_RANGE[0]), math.log(_ASPECT_RANGE[1])))
+        rows, cols = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if not (0 < rows < height and 0 < cols < width):
+            continue
+        top, left = rng.integers(0, height - rows + 1), rng.integers(0, width - cols + 1)
+        block = mask[top : top + rows, left : left + cols]
+        fresh = int(block.size - block.sum())
+        if 0 < fresh <= missing:
+            block[...] = True
+            return fresh
+    return 0
+
+
+def batch_masks(
+    patch_valid: NDArray[np.bool_], grid_hw: tuple[int, int], settings: MaskSettings, *, seed: int
+) -> NDArray[np.bool_]:
+    """Masks for a batch of global crops; patches without data are never masked.
+
+    A masked patch is a target, and a patch that holds no data has nothing to predict.
+
+    Args:
+        patch_valid: [V * B, N], patches whose every pixel holds data.
+        grid_hw: rows and columns, N = h * w.
+        settings: shares.
+        seed: of this batch.
+
+    Returns:
+        [V * B, N] bool.
+    """
+    rng = np.random.default_rng(seed)
+    num_images, num_patches = patch_valid.shape
+    counts = masked_counts(num_images, num_patches, settings)
+    rng.shuffle(counts)
+    masks = np.zeros_like(patch_valid)
+    for mask, valid, count in zip(masks, patch_valid, counts, strict=True):
+        if count:
+            block = block_mask(grid_hw, count, largest_block=settings.ratio[1] * num_patches, rng=rng)
+            mask[:] = block.reshape(-1) & valid
+    return masks

@@ -1,0 +1,289 @@
+"""Images and height rasters, matched by where they lie on the ground."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+from rasterio import warp
+from rasterio.crs import CRS
+from rasterio.errors import CRSError, RasterioError
+from rasterio.windows import Window
+
+from dinov3geo.errors import DataError, GeoreferenceError
+from dinov3geo.rasters.grid import PixelGrid
+from dinov3geo.rasters.reader import SceneInfo, SceneReader, find_rasters, inspect_scene, read_on_grid
+
+Spec = str | Path | Sequence[str | Path]
+Bounds = tuple[float, float, float, float]
+
+LOWEST_M = -1.0
+HIGHEST_M = 120.0
+# More impossible heights than this share are an error in the file, not noise of the sensor.
+MAX_IMPOSSIBLE_SHARE = 0.01
+# Offsets that differ from whole pixels by less are rounding errors.
+_TOLERANCE_PX = 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class HeightPair:
+    """A window of an image and the grid on which its heights are wanted.
+
+    Attributes:
+        image: raster file.
+        heights: raster file with canopy heights in metres.
+        window: of the image, in whole pixels; a multiple of `factor` each way.
+        factor: k, image pixels per cell of `grid`.
+        grid: the window's grid, k times coarser.
+        group: pairs whose images overlap on the ground share a group; split by it.
+    """
+
+    image: Path
+    heights: Path
+    window: Window
+    factor: int
+    grid: PixelGrid
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class PairArrays:
+    """What a pair holds.
+
+    Attributes:
+        image: [C, H, W] in the file's dtype.
+        valid: [H, W] bool.
+        heights: [H / k, W / k] float32 metres, 0 where not valid.
+        heights_valid: [H / k, W / k] bool.
+    """
+
+    image: NDArray[Any]
+    valid: NDArray[np.bool_]
+    heights: NDArray[np.float32]
+    heights_valid: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class PairMatch:
+    """Result of matching two sets of rasters.
+
+    Attributes:
+        pairs: sorted by image, heights and window.
+        unmatched_images: without heights.
+        unmatched_heights: without an image.
+    """
+
+    pairs: tuple[HeightPair, ...]
+    unmatched_images: tuple[Path, ...]
+    unmatched_heights: tuple[Path, ...]
+
+
+def find_pairs(images: Spec, heights: Spec, *, max_size: int = 512) -> list[HeightPair]:
+    """The pairs of `match_pairs`, for who does not ask what was left over."""
+    return list(match_pairs(images, heights, max_size=max_size).pairs)
+
+
+def match_pairs(images: Spec, heights: Spec, *, max_size: int = 512) -> PairMatch:
+    """Matches images and height rasters by their georeference, never by name or order.
+
+    Each overlap of an image with a height raster becomes one pair, or several where it is larger than
+    `max_size`. Both may have their own CRS and pixel size; where they share a lattice (1 m heights under
+    0.1 m pixels, say) windows begin at the corner of a height cell, so no height is resampled.
+
+    Args:
+        images: folder, glob, file or list of them.
+        heights: likewise, canopy height in metres.
+        max_size: largest side of a pair's window in image pixels.
+
+    Returns:
+        Pairs and what found no partner.
+
+    Raises:
+        RasterError, DataError: a file cannot be read, or there are none.
+        GeoreferenceError: a file has no usable georeference, or no height raster overlaps any image.
+    """
+    image_infos = [inspect_scene(path) for path in find_rasters(images)]
+    height_infos = [inspect_scene(path) for path in find_rasters(heights)]
+    groups = _overlap_groups(image_infos)
+    pairs: list[HeightPair] = []
+    matched_images: set[int] = set()
+    unmatched_heights = []
+    for info, found in zip(height_infos, _overlaps(image_infos, height_infos), strict=True):
+        own = {i: _pair_windows(image_infos[i], info, groups[i], max_size) for i in found}
+        matched_images.update(i for i, windows in own.items() if windows)
+        pairs.extend(pair for windows in own.values() for pair in windows)
+        if not any(own.values()):
+            unmatched_heights.append(info.path)
+    if not pairs:
+        raise GeoreferenceError(_no_overlap_message(image_infos, height_infos))
+    pairs.sort(key=lambda p: (str(p.image), str(p.heights), p.window.row_off, p.window.col_off))
+    unmatched_images = tuple(x.path for i, x in enumerate(image_infos) if i not in matched_images)
+    return PairMatch(tuple(pairs), unmatched_images, tuple(unmatched_heights))
+
+
+def load_pair(pair: HeightPair, *, bands: Sequence[int] | None = None) -> PairArrays:
+    """Reads a pair.
+
+    Heights between -1 and 0 m are the LiDAR's noise and become 0; below -1 and above 120 m a few cells
+    (1 %) are left out as outliers, more are an error.
+
+    Args:
+        pair: from `find_pairs`.
+        bands: 1-based image bands; None for all but alpha.
+
+    Returns:
+        Image and heights with their masks.
+
+    Raises:
+        RasterError: a file is gone or damaged.
+        DataError: more than one band of heights, undeclared NaN, or numbers that are no heights in metres.
+    """
+    with SceneReader(pair.image, bands=bands) as reader:
+        image, valid = reader.read(pair.window)
+    with SceneReader(pair.heights) as reader:
+        if len(reader.bands) != 1:
+            raise DataError(f"{pair.heights} has {len(reader.bands)} bands, expected one band of heights")
+        numbers, known = read_on_grid(reader, pair.grid, resampling=_resampling(reader.info.grid, pair.grid))
+    metres = numbers[0].astype(np.float32)
+    possible = known & (metres >= LOWEST_M) & (metres <= HIGHEST_M)
+    impossible = int(known.sum() - possible.sum())
+    if impossible > MAX_IMPOSSIBLE_SHARE * max(int(known.sum()), 1):
+        strange = metres[known & ~possible]
+        raise DataError(
+            f"{pair.heights} holds {impossible} of {int(known.sum())} cells outside {LOWEST_M:g} to "
+            f"{HIGHEST_M:g} m (from {strange.min():g} to {strange.max():g}); expected canopy height "
+            "in metres above ground: declare nodata, convert the unit, or subtract the terrain"
+        )
+    return PairArrays(image, valid, np.where(possible, metres.clip(min=0), 0).astype(np.float32), possible)
+
+
+def _overlaps(images: list[SceneInfo], heights: list[SceneInfo]) -> list[list[int]]:
+    """For each height raster the indexes of the images whose extents it meets, each in its own CRS."""
+    by_crs: dict[CRS, list[int]] = {}
+    for index, info in enumerate(images):
+        by_crs.setdefault(info.grid.crs, []).append(index)
+    found: list[list[int]] = [[] for _ in heights]
+    for crs, members in by_crs.items():
+        tree = shapely.STRtree([shapely.box(*images[i].grid.bounds) for i in members])
+        for number, info in enumerate(heights):
+            bounds = _bounds_in(info.grid, crs)
+            if bounds is not None:
+                hits = tree.query(shapely.box(*bounds), predicate="intersects")
+                found[number].extend(members[int(hit)] for hit in hits)
+    return [sorted(hits) for hits in found]
+
+
+def _bounds_in(grid: PixelGrid, crs: CRS) -> Bounds | None:
+    """Extent of a grid in another CRS, or None where the projection does not reach."""
+    if grid.crs == crs:
+        return grid.bounds
+    try:
+        left, bottom, right, top = warp.transform_bounds(grid.crs, crs, *grid.bounds, densify_pts=21)
+    except (CRSError, RasterioError):
+        # Another UTM zone at the far side of the globe: not here, then.
+        return None
+    return (left, bottom, right, top) if all(map(math.isfinite, (left, bottom, right, top))) else None
+
+
+def _overlap_groups(images: list[SceneInfo]) -> list[str]:
+    """A name per image, shared by images that overlap (in one CRS) directly or through others."""
+    roots = list(range(len(images)))
+
+    def root(index: int) -> int:
+        while roots[index] != index:
+            index = roots[index]
+        return index
+
+    tree = shapely.STRtree([shapely.box(*info.grid.bounds) for info in images])
+    for index, info in enumerate(images):
+        shape = shapely.box(*info.grid.bounds)
+        for other in tree.query(shape, predicate="intersects").tolist():
+            same_crs = images[other].grid.crs == info.grid.crs
+            # Neighbours that only touch share an edge, not ground.
+            if other > index and same_crs and shape.intersection(tree.geometries[other]).area > 0:
+                roots[max(root(index), root(other))] = min(root(index), root(other))
+    return [str(images[root(index)].path) for index in range(len(images))]
+
+
+def _pair_windows(image: SceneInfo, heights: SceneInfo, group: str, max_size: int) -> list[HeightPair]:
+    """Pairs of one image with one height raster; none if they share less than one cell."""
+    grid = image.grid
+    factor = max(1, round(heights.grid.gsd_m / grid.gsd_m))
+    if max_size < factor:
+        raise DataError(
+            f"{heights.path} has cells of {heights.grid.gsd_m:g} m, {factor} pixels of {image.path}, "
+            f"which is more than a window of {max_size} pixels"
+        )
+    bounds = _bounds_in(heights.grid, grid.crs)
+    if bounds is None:
+        return []
+    inverse = ~grid.transform
+    cols, rows = zip(*(inverse * (x, y) for x in bounds[::2] for y in bounds[1::2]), strict=True)
+    corner_xy = heights.grid.transform * (0, 0)
+    shared = _shares_lattice(grid, heights.grid, factor)
+    origin_col, origin_row = inverse * corner_xy if shared else (0.0, 0.0)
+    col_chips = _chips(min(cols), max(cols), grid.width, factor, max_size, phase=origin_col)
+    row_chips = _chips(min(rows), max(rows), grid.height, factor, max_size, phase=origin_row)
+    windows = [Window(col, row, width, height) for row, height in row_chips for col, width in col_chips]
+    return [
+        HeightPair(image.path, heights.path, w, factor, grid.window_grid(w).coarsen(factor), group)
+        for w in windows
+    ]
+
+
+def _shares_lattice(image: PixelGrid, heights: PixelGrid, factor: int) -> bool:
+    """Whether height cells are exactly `factor` pixels wide and high and begin at pixel corners."""
+    if image.crs != heights.crs:
+        return False
+    relative = ~image.transform * heights.transform
+    length = max(heights.width, heights.height)
+    sizes = max(abs(abs(relative.a) - factor), abs(abs(relative.e) - factor)) * length
+    offsets = max(abs(relative.c - round(relative.c)), abs(relative.f - round(relative.f)))
+    return bool(max(sizes, offsets) < _TOLERANCE_PX)
+
+
+def _chips(
+    low: float, high: float, length: int, factor: int, max_size: int, *, phase: float
+) -> list[tuple[int, int]]:
+    """Cuts the overlap along one axis into near-equal (start, size), whole cells that begin at the phase."""
+    shift = round(phase) % factor
+    first = math.ceil((max(low, 0) - shift - _TOLERANCE_PX) / factor)
+    last = math.floor((min(high, length) - shift + _TOLERANCE_PX) / factor)
+    if last <= first:
+        return []
+    cells = last - first
+    count = -(-cells // (max_size // factor))
+    edges = [first + round(i * cells / count) for i in range(count + 1)]
+    return [
+        (shift + start * factor, (stop - start) * factor)
+        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+    ]
+
+
+def _resampling(heights: PixelGrid, wanted: PixelGrid) -> str:
+    """Average where heights are finer than wanted, else bilinear; neither is used where grids coincide."""
+    return "average" if heights.gsd_m < 0.75 * wanted.gsd_m else "bilinear"
+
+
+def _no_overlap_message(images: list[SceneInfo], heights: list[SceneInfo]) -> str:
+    height = heights[0]
+    # An image in the same CRS makes extents that can be compared by eye.
+    image = next((i for i in images if i.grid.crs == height.grid.crs), images[0])
+    return (
+        f"none of {len(heights)} height rasters overlaps one of {len(images)} images: {height.path} covers "
+        f"{_extent(height.grid)}, {image.path} covers {_extent(image.grid)}; "
+        "expected images and heights of the same places"
+    )
+
+
+def _extent(grid: PixelGrid) -> str:
+    left, bottom, right, top = grid.bounds
+    digits = 6 if grid.crs.is_geographic else 1
+    numbers = f"x {left:.{digits}f} to {right:.{digits}f}, y {bottom:.{digits}f} to {top:.{digits}f}"
+    return f"{numbers} ({grid.crs.to_string()[:40]})"

@@ -1,0 +1,204 @@
+"""Endless, seeded, rank-sharded orders in which chips are drawn; any position can be resumed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import pyproj
+import shapely
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+from torchgeo.datasets import GeoDataset
+from torchgeo.datasets.utils import GeoSlice
+from torchgeo.samplers import GeoSampler
+
+from dinov3geo.data.catalog import EQUAL_AREA, to_pyproj
+from dinov3geo.errors import DataError
+
+# A footprint that fills its bounding box to within this fraction lies along the axes of the index.
+_RECTANGLE_TOLERANCE = 1e-6
+
+
+class _Endless[T](Sampler[T]):
+    """One global sequence, epoch after epoch, of which every rank takes each `world_size`-th position."""
+
+    def __init__(self, length: int, *, seed: int, rank: int, world_size: int) -> None:
+        if not 0 <= rank < world_size:
+            raise DataError(f"rank must lie in 0..{world_size - 1} for {world_size} processes, got {rank}")
+        if length < world_size:
+            raise DataError(f"{length} samples in an epoch do not suffice for {world_size} processes")
+        self._epoch_length = length
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        """Samples of this rank in an epoch."""
+        return self._epoch_length // self._world_size
+
+    def __iter__(self) -> Iterator[T]:
+        """Yields this rank's samples of the present epoch."""
+        stream = self.stream(self._epoch * len(self))
+        for _ in range(len(self)):
+            yield next(stream)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that iteration gives."""
+        self._epoch = epoch
+
+    def stream(self, start: int = 0) -> Iterator[T]:
+        """Yields this rank's samples without end.
+
+        Args:
+            start: samples that this rank has consumed already; the same number continues the same stream.
+        """
+        position = start * self._world_size + self._rank
+        while True:
+            epoch, offset = divmod(position, self._epoch_length)
+            samples = self._draw(np.random.default_rng([self._seed, epoch]))
+            while offset < self._epoch_length:
+                yield samples[offset]
+                offset += self._world_size
+                position += self._world_size
+
+    @abstractmethod
+    def _draw(self, generator: np.random.Generator) -> Sequence[T]:
+        """All samples of one epoch."""
+
+
+class ChipSampler(_Endless[GeoSlice], GeoSampler):
+    """Random chips of a torchgeo data set, every pixel of every scene about equally likely.
+
+    A scene is drawn in proportion to its area and a chip uniformly inside it, on whole pixels. torchgeo's
+    `RandomPatchSampler` keeps half a chip's diagonal away from the edges, so that the rim of a scene is
+    rarely seen and scenes smaller than that never, and it searches for points by rejection in the bounding
+    box of all scenes, which takes for ever where they lie far apart; here smaller scenes are centred in the
+    chip (which the data set pads), and a dated scene's time goes into the query.
+    """
+
+    def __init__(
+        self,
+        dataset: GeoDataset,
+        *,
+        chip_size: int,
+        chips_per_epoch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Reads the footprints of all scenes.
+
+        Args:
+            dataset: `SceneDataset`, `ScenePairs` or another of torchgeo's.
+            chip_size: side in pixels.
+            chips_per_epoch: of all ranks together.
+            seed: of the run; two ranks with one seed never draw the same position.
+            rank: of this process.
+            world_size: number of processes.
+
+        Raises:
+            DataError: no such rank, an epoch of less than one chip per rank, or a chip without pixels.
+        """
+        super().__init__(chips_per_epoch, seed=seed, rank=rank, world_size=world_size)
+        if chip_size < 1:
+            raise DataError(f"a chip needs at least 1 pixel, got chip_size {chip_size}")
+        geometries = np.asarray(dataset.index.geometry.values, dtype=object)
+        self._bounds: NDArray[np.float64] = shapely.bounds(geometries)
+        areas: NDArray[np.float64] = shapely.area(geometries)
+        self._probabilities = areas / areas.sum()
+        self._resolution = np.array(dataset.res, dtype=np.float64)
+        self._chip_size = chip_size
+        boxes = np.prod(self._bounds[:, 2:] - self._bounds[:, :2], axis=1)
+        self._snaps = bool(np.all(areas >= (1 - _RECTANGLE_TOLERANCE) * boxes))
+        self._times = _times(dataset)
+        self._stretch = _stretch(dataset, self._bounds)
+
+    def _draw(self, generator: np.random.Generator) -> Sequence[GeoSlice]:
+        count = self._epoch_length
+        rows = generator.choice(len(self._bounds), size=count, p=self._probabilities)
+        position = generator.random((count, 2))
+        low, high = self._bounds[rows, :2], self._bounds[rows, 2:]
+        size = self._chip_size * self._resolution
+        # What the chip covers on the plane of the index, and the room that is left to move it.
+        room = high - low - size * self._stretch[rows]
+        if self._snaps:
+            # Counted from the upper left corner, where the pixels of a scene begin.
+            pixels = np.maximum(np.rint(room / self._resolution), 0)
+            steps = np.floor(position * (pixels + 1)) * self._resolution
+            snapped = np.stack([low[:, 0] + steps[:, 0], high[:, 1] - steps[:, 1] - size[1]], axis=1)
+            corner = np.where(room > 0, snapped, low + room / 2)
+        else:
+            center = (low + high) / 2 + (position - 0.5) * np.maximum(room, 0)
+            corner = center - size / 2
+        return _Queries(
+            corner, corner + size, None if self._times is None else [self._times[r] for r in rows]
+        )
+
+
+class IndexSampler(_Endless[int]):
+    """Indexes of a map-style data set: every one once per epoch, shuffled anew."""
+
+    def __init__(self, dataset: Sized, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        """Takes the data set's length.
+
+        Args:
+            dataset: anything with a length.
+            seed: of the run.
+            rank: of this process.
+            world_size: number of processes.
+
+        Raises:
+            DataError: no such rank, or fewer samples than ranks.
+        """
+        super().__init__(len(dataset), seed=seed, rank=rank, world_size=world_size)
+
+    def _draw(self, generator: np.random.Generator) -> Sequence[int]:
+        return cast(list[int], generator.permutation(self._epoch_length).tolist())
+
+
+class _Queries(Sequence[GeoSlice]):
+    """Queries from arrays, made only when asked for."""
+
+    def __init__(
+        self, low: NDArray[np.float64], high: NDArray[np.float64], times: list[slice | None] | None
+    ) -> None:
+        self._low, self._high, self._times = low, high, times
+
+    def __len__(self) -> int:
+        return len(self._low)
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401
+        (x0, y0), (x1, y1) = self._low[index].tolist(), self._high[index].tolist()
+        time = None if self._times is None else self._times[index]
+        place = (slice(x0, x1), slice(y0, y1))
+        return place if time is None else (*place, time)
+
+
+def _times(dataset: GeoDataset) -> list[slice | None] | None:
+    """The time of each scene that has one; None if none has."""
+    intervals = dataset.index.index
+    undated = (pd.Timestamp.min, pd.Timestamp.max)
+    times = [
+        None if (left, right) == undated else slice(left, right)
+        for left, right in zip(intervals.left, intervals.right, strict=True)
+    ]
+    return None if all(time is None for time in times) else times
+
+
+def _stretch(dataset: GeoDataset, bounds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[scenes, 2] lengths on the plane of the index per metre on the ground, where the two differ by design.
+
+    Scenes of several CRS share an equal-area plane, which is stretched sideways away from 30 degrees.
+    """
+    plane = to_pyproj(EQUAL_AREA)
+    if dataset.crs != plane:
+        return np.ones((len(bounds), 2))
+    x, y = (bounds[:, :2] + bounds[:, 2:]).T / 2
+    projection = pyproj.Proj(plane)
+    factors = projection.get_factors(*projection(x, y, inverse=True))
+    return np.stack([factors.parallel_scale, factors.meridional_scale], axis=1)

@@ -1,0 +1,489 @@
+"""Georeferenced scenes as torchgeo data sets: `&`, `|` and torchgeo's samplers work on them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import pyproj
+import torch
+from affine import Affine
+from numpy.typing import NDArray
+from rasterio import warp
+from rasterio.crs import CRS
+from rasterio.enums import Resampling
+from rasterio.windows import Window
+from torch import Tensor
+from torchgeo.datasets import GeoDataset, IntersectionDataset, RasterDataset, UnionDataset
+
+from dinov3geo.data.catalog import (
+    EQUAL_AREA,
+    ReaderPool,
+    SceneCatalog,
+    build_index,
+    common_resolution,
+    move_inside,
+    same_lattice,
+    same_resolution,
+    to_pyproj,
+    to_rasterio,
+    transformer,
+)
+from dinov3geo.errors import DataError
+from dinov3geo.rasters.grid import PixelGrid, aligned_window
+from dinov3geo.rasters.reader import (
+    SceneInfo,
+    SceneReader,
+    find_rasters,
+    inspect_scene,
+    read_on_grid,
+)
+from dinov3geo.rasters.sensors import Sensor, get_sensor
+
+Sample = dict[str, Tensor]
+Query = slice | tuple[slice, ...]
+Array = NDArray[Any]
+Mask = NDArray[np.bool_]
+
+# From here on a wanted pixel covers so many of the file's that interpolating between four would alias.
+_AVERAGE_FROM_RATIO = 1.5
+
+
+class SceneDataset(RasterDataset):
+    """Rasters of one sensor, each read in its own grid.
+
+    The index lies in the CRS that all files share, or in EPSG:6933 (equal-area) if they differ. A query in a
+    shared CRS is moved to the nearest whole pixel of the file; otherwise its centre is carried into the
+    file's CRS and a window of as many pixels is read around it, moved inside the file where it fits. Pixels
+    are resampled only if a `crs` or `res` was asked for that is not the files' own.
+
+    A sample has `image` [C, H, W] (or `mask`, [H, W] if it has one band) in the files' dtype, `valid` [H, W]
+    bool, `bounds` [9] (the query, in the CRS of the index) and `transform` [9] (of the pixels read, in the
+    file's CRS), both float64. Its size is always what the query asks for; where no file has data, `valid`
+    is False. Rows run southwards, also where those of the file do not. Where files overlap, the first in
+    the order of the index wins.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        *,
+        sensor: Sensor | str | None = None,
+        bands: Sequence[str] | None = None,
+        is_image: bool = True,
+        transforms: Callable[[Sample], Sample] | None = None,
+        res: float | tuple[float, float] | None = None,
+        crs: Any = None,  # noqa: ANN401
+        allow_mixed_resolution: bool = False,
+    ) -> None:
+        """Reads the header of every file.
+
+        Args:
+            paths: folder, file, glob, or several of them.
+            sensor: record or name; None means "aerial_rgb" for images and every band for masks.
+            bands: names of the sensor's bands in the order wanted; None for all.
+            is_image: whether samples hold `image` or `mask`.
+            transforms: applied to each sample.
+            res: pixel size in units of the CRS to resample to; None keeps the files' own.
+            crs: CRS to resample to; None keeps the files' own.
+            allow_mixed_resolution: read files whose pixel sizes differ by more than 1 % as they are.
+
+        Raises:
+            RasterError: no such file, not a raster, truncated.
+            GeoreferenceError: no CRS, rotated.
+            DataError: no raster found, bands that do not fit, pixel sizes that differ, a date that is none.
+            UnknownNameError: no such sensor or band.
+        """
+        self.paths = cast(Any, paths)
+        self.is_image = is_image
+        self.transforms = transforms
+        self.cache, self.time_series = True, False
+        self.sensor = _sensor(sensor, is_image)
+        self._describe(bands)
+        infos = [inspect_scene(path) for path in self.files]
+        self._check_bands(infos)
+        self._infos = {info.path: info for info in infos}
+        self._numpy_dtype = np.result_type(*(info.dtype for info in infos))
+        self._any_resolution = allow_mixed_resolution or res is not None
+        own = _shared_crs(infos)
+        target = own if crs is None else to_rasterio(crs)
+        self._crs_forced = crs is not None and any(info.grid.crs != target for info in infos)
+        self._native_res = common_resolution(infos, target, self._any_resolution)
+        self._res = self._native_res
+        self.index = build_index(infos, [self._dates(info.path) for info in infos], target)
+        if res is not None:
+            self.res = res
+        nodata = None if self.sensor is None else self.sensor.nodata
+        self._readers = ReaderPool(functools.partial(SceneReader, bands=self.band_indexes, nodata=nodata))
+
+    @property
+    def files(self) -> list[str]:
+        """Sorted paths of all files of the sensor."""
+        found = find_rasters(cast(Any, self.paths))
+        files = [str(path) for path in found if fnmatch(path.name, self.filename_glob)]
+        if not files:
+            raise DataError(f"none of {len(found)} rasters in {self.paths} is named {self.filename_glob!r}")
+        return files
+
+    @property
+    def gsd_range_m(self) -> tuple[float, float]:
+        """Smallest and largest ground sampling distance of the files, metres."""
+        sizes = [info.grid.gsd_m for info in self._infos.values()]
+        return min(sizes), max(sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers in a sample: what the files hold."""
+        return torch.from_numpy(np.empty(0, dtype=self._numpy_dtype)).dtype
+
+    @property
+    def resampling(self) -> Resampling:
+        """How finer pixels are made where a `crs` or `res` was asked for."""
+        return Resampling.bilinear if self.is_image else Resampling.nearest
+
+    @property
+    def crs(self) -> pyproj.CRS:
+        """CRS of the index and of queries."""
+        return cast(pyproj.CRS, self.index.crs)
+
+    @crs.setter
+    def crs(self, new_crs: Any) -> None:  # noqa: ANN401
+        """Moves the index to another CRS and resamples to it from now on."""
+        target = to_rasterio(new_crs)
+        if target == self._catalog.crs:
+            return
+        had_native_res = self._res == self._native_res
+        self._native_res = common_resolution(list(self._infos.values()), target, True)
+        self._res = self._native_res if had_native_res else self._res
+        self._crs_forced = True
+        self.index = self.index.to_crs(to_pyproj(target))
+
+    @property
+    def res(self) -> tuple[float, float]:
+        """Pixel width and height in units of the CRS."""
+        return self._res
+
+    @res.setter
+    def res(self, new_res: float | tuple[float, float]) -> None:
+        """Resamples to this pixel size from now on."""
+        self._res = (new_res, new_res) if isinstance(new_res, int | float) else new_res
+
+    def __getitem__(self, index: Query) -> Sample:
+        """Reads a query.
+
+        Args:
+            index: [xmin:xmax:xres, ymin:ymax:yres, tmin:tmax:step]; what is left out is filled in.
+
+        Returns:
+            The sample described at the class.
+
+        Raises:
+            IndexError: no file lies there.
+            RasterError: a file is damaged.
+            DataError: NaN that no nodata explains.
+        """
+        numbers, valid, grid = self.read_query(index)
+        sample = self.sample(index, numbers, valid, grid)
+        return sample if self.transforms is None else self.transforms(sample)
+
+    def __and__(self, other: GeoDataset) -> IntersectionDataset:
+        """Images with labels, whichever comes first, become `ScenePairs`; see there."""
+        if isinstance(other, SceneDataset):
+            return (
+                ScenePairs(other, self) if other.is_image and not self.is_image else ScenePairs(self, other)
+            )
+        return super().__and__(other)
+
+    def __or__(self, other: GeoDataset) -> UnionDataset | SceneDataset:  # type: ignore[override]
+        """Scenes that are read alike become one `SceneDataset`; others torchgeo's union (which resamples)."""
+        if isinstance(other, SceneDataset) and self._reads_like(other):
+            return self._joined(other)
+        return super().__or__(other)
+
+    def read_query(self, index: Query) -> tuple[Array, Mask, PixelGrid]:
+        """Numbers [C, H, W], their mask [H, W] and where they lie; arguments and errors as indexing."""
+        x, y, t = self.complete(index)
+        bounds = (x.start, y.start, x.stop, y.stop)
+        rows = self._catalog.find(bounds, t.start, t.stop)[:: t.step]
+        if not rows:
+            raise IndexError(f"no scene at {bounds} of {self.crs.name}, {t.start} to {t.stop}")
+        height, width = round((y.stop - y.start) / y.step), round((x.stop - x.start) / x.step)
+        transform = Affine(x.step, 0.0, x.start, 0.0, -y.step, y.stop)
+        grid = PixelGrid(self._catalog.crs, transform, height, width)
+        resampled = self._crs_forced or not same_resolution((x.step, y.step), self._native_res, 1e-9)
+        if not resampled:
+            first, grid = self._own_grid(rows, grid)
+            rows = [first, *(row for row in rows if row != first)]
+        return *self._mosaic(rows, grid), grid
+
+    def read_on(self, grid: PixelGrid, start: Any = None, stop: Any = None) -> tuple[Array, Mask]:  # noqa: ANN401
+        """Reads on any grid; pixels where no scene of that time lies are not valid.
+
+        Args:
+            grid: the wanted lattice, in any CRS.
+            start: first moment, or None for all times.
+            stop: last moment.
+
+        Returns:
+            Numbers [C, H, W] and their mask [H, W].
+        """
+        own = self._catalog.crs
+        bounds = grid.bounds if grid.crs == own else warp.transform_bounds(grid.crs, own, *grid.bounds)
+        return self._mosaic(self._catalog.find(bounds, start, stop), grid)
+
+    def sample(self, index: Query, numbers: Array, valid: Mask, grid: PixelGrid) -> Sample:
+        """Packs what `read_query` gave into torchgeo's keys."""
+        x, y, t = self.complete(index)
+        times = (pd.Timestamp(t.start).timestamp(), pd.Timestamp(t.stop).timestamp(), t.step)
+        bounds = (x.start, x.stop, x.step, y.start, y.stop, y.step, *times)
+        tensor = torch.from_numpy(numbers)
+        content = {"image": tensor} if self.is_image else {"mask": tensor.squeeze(0)}
+        return {
+            **content,
+            "valid": torch.from_numpy(valid),
+            "bounds": torch.tensor(bounds, dtype=torch.float64),
+            "transform": torch.tensor(tuple(grid.transform), dtype=torch.float64),
+        }
+
+    def complete(self, index: Query) -> tuple[slice, slice, slice]:
+        """Fills in what a query leaves out: the data set's bounds, its resolution, all times."""
+        given = (index,) if isinstance(index, slice) else index
+        given = (*given, *(slice(None),) * (3 - len(given)))
+        full = self._catalog.bounds
+        x, y, t = (
+            slice(
+                whole[0] if part.start is None else part.start,
+                whole[1] if part.stop is None else part.stop,
+                step if part.step is None else part.step,
+            )
+            for part, whole, step in zip(given, full, (*self._res, 1), strict=True)
+        )
+        if x.stop <= x.start or y.stop <= y.start:
+            raise IndexError(f"empty query: x {x.start} to {x.stop}, y {y.start} to {y.stop}")
+        return x, y, t
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the lookup arrays, which a copy makes again when it needs them."""
+        return {name: value for name, value in self.__dict__.items() if name != "_catalog_of_index"}
+
+    @property
+    def _catalog(self) -> SceneCatalog:
+        """Lookup arrays of the present index; whoever splits a data set replaces its index."""
+        catalog: SceneCatalog | None = self.__dict__.get("_catalog_of_index")
+        if catalog is None or catalog.index is not self.index:
+            catalog = SceneCatalog(self.index)
+            self.__dict__["_catalog_of_index"] = catalog
+        return catalog
+
+    def _mosaic(self, rows: Iterable[int], grid: PixelGrid) -> tuple[Array, Mask]:
+        """Reads these rows of the index on one grid: the first valid pixel wins."""
+        numbers: Array | None = None
+        valid: Mask = np.zeros(grid.shape_hw, dtype=np.bool_)
+        for path in dict.fromkeys(self._catalog.paths[row] for row in rows):
+            more, more_valid = self._read_scene(path, grid)
+            if numbers is None:
+                numbers, valid = more, more_valid
+            else:
+                new = more_valid & ~valid
+                np.copyto(numbers, more, where=new)
+                valid |= new
+            if valid.all():
+                break
+        if numbers is None:
+            fill = self._readers.get(next(iter(self._infos))).fill.astype(self._numpy_dtype)
+            numbers = np.repeat(fill, grid.height * grid.width).reshape(-1, *grid.shape_hw)
+        return numbers, valid
+
+    def _read_scene(self, path: Path, grid: PixelGrid) -> tuple[Array, Mask]:
+        """Reads one file on a grid, directly wherever its pixels line up."""
+        reader = self._readers.get(path)
+        own = reader.info.grid.southward()
+        window = aligned_window(own, grid)
+        if window is None:
+            numbers, valid = read_on_grid(
+                reader, grid, resampling=self._resampling_to(reader.info.grid, grid)
+            )
+        elif own == reader.info.grid:
+            numbers, valid = reader.read(window)
+        else:
+            turned = Window(
+                window.col_off, own.height - window.row_off - window.height, window.width, window.height
+            )
+            numbers, valid = (np.flip(array, axis=-2).copy() for array in reader.read(turned))
+        return numbers.astype(self._numpy_dtype, copy=False), valid
+
+    def _resampling_to(self, own: PixelGrid, wanted: PixelGrid) -> str:
+        """Labels keep their values; images are averaged where they become coarser."""
+        if not self.is_image:
+            return "nearest"
+        return "average" if wanted.gsd_m > _AVERAGE_FROM_RATIO * own.gsd_m else "bilinear"
+
+    def _own_grid(self, rows: list[int], wanted: PixelGrid) -> tuple[int, PixelGrid]:
+        """The row whose file leads, and the window of as many pixels in that file's own grid."""
+        catalog = self._catalog
+        (xmin, ymin, xmax, ymax), size = wanted.bounds, wanted.shape_hw
+        center = ((xmin + xmax) / 2, (ymin + ymax) / 2)
+        all_native = all(same_lattice(self._infos[catalog.paths[row]].grid, wanted) for row in rows)
+        first = rows[0] if all_native else catalog.nearest(rows, *center)
+        own = self._infos[catalog.paths[first]].grid.southward()
+        if same_lattice(own, wanted):
+            col, row = ~own.transform @ (xmin, ymax)
+        else:
+            col, row = ~own.transform @ transformer(wanted.crs, own.crs).transform(*center)
+            row, col = (
+                move_inside(row - size[0] / 2, size[0], own.height),
+                move_inside(col - size[1] / 2, size[1], own.width),
+            )
+        return first, own.window_grid(Window(round(col), round(row), size[1], size[0]))
+
+    def _describe(self, bands: Sequence[str] | None) -> None:
+        """Sets what torchgeo wants to know of a sensor."""
+        if self.sensor is None:
+            if bands is not None:
+                raise DataError(f"bands {', '.join(bands)} were asked for without a sensor that names them")
+            self.band_indexes = None
+            return
+        self.filename_glob = self.sensor.filename_glob
+        self.filename_regex = self.sensor.filename_regex
+        self.date_format = self.sensor.date_format
+        self.all_bands = self.sensor.band_names
+        self.rgb_bands = self.sensor.rgb_bands
+        self.bands = tuple(band.name for band in self.sensor.select(bands))
+        self.band_indexes = list(self.sensor.band_indexes(bands))
+
+    def _check_bands(self, infos: Sequence[SceneInfo]) -> None:
+        needed = max(self.band_indexes) if self.band_indexes else infos[0].num_bands
+        for info in infos:
+            has = f"scene {info.path} has {info.num_bands} band{'s' * (info.num_bands != 1)}"
+            if self.sensor is None and info.num_bands != needed:
+                raise DataError(f"{has}, {infos[0].path} has {needed}; expected the same number in all files")
+            if self.sensor is not None and info.num_bands < needed:
+                names = self.sensor.band_names
+                raise DataError(f"{has}; sensor {self.sensor.name!r} needs {len(names)} ({', '.join(names)})")
+        dtypes = {info.dtype for info in infos}
+        if self.sensor is not None and dtypes != {self.sensor.dtype}:
+            warnings.warn(
+                f"{infos[0].path} and others hold {', '.join(sorted(dtypes))}; the scale and statistics of "
+                f"sensor {self.sensor.name!r} are for {self.sensor.dtype}",
+                stacklevel=3,
+            )
+
+    def _dates(self, path: Path) -> tuple[datetime, datetime]:
+        try:
+            return self._filepath_to_timestamp(str(path))
+        except ValueError as error:
+            raise DataError(
+                f"the name of {path} holds no date of format {self.date_format!r}: {error}"
+            ) from error
+
+    def _reads_like(self, other: SceneDataset) -> bool:
+        """Whether one data set could hold the files of both."""
+
+        def reading(data: SceneDataset) -> tuple[Any, ...]:
+            return data.sensor, data.band_indexes, data.is_image, data.transforms, data._numpy_dtype
+
+        resampled = any(data._crs_forced or data._res != data._native_res for data in (self, other))
+        return not resampled and reading(self) == reading(other)
+
+    def _joined(self, other: SceneDataset) -> SceneDataset:
+        both = copy.copy(self)
+        both._infos = {**self._infos, **other._infos}
+        infos = list(both._infos.values())
+        both._any_resolution = self._any_resolution or other._any_resolution
+        both.paths = cast(Any, [str(path) for path in both._infos])
+        target = _shared_crs(infos)
+        both._native_res = both._res = common_resolution(infos, target, both._any_resolution)
+        frames = [data.index.to_crs(to_pyproj(target)) for data in (self, other)]
+        both.index = pd.concat(frames)
+        return both
+
+
+class ScenePairs(IntersectionDataset):
+    """Images and what belongs to them, aligned by their georeference in whatever CRS and pixel size they are.
+
+    The second data set is read on exactly the grid that the first one's read gives. A sample has `image`,
+    `valid`, `bounds` and `transform` from the first and, if the second holds labels, `mask` and `mask_valid`
+    from it (nearest pixel; [H, W] if it has one band). If both hold images, the second's bands follow the
+    first's in `image`, and `valid` asks for both.
+    """
+
+    def __init__(
+        self,
+        images: SceneDataset,
+        others: SceneDataset,
+        *,
+        spatial_only: bool = False,
+        transforms: Callable[[Sample], Sample] | None = None,
+    ) -> None:
+        """Intersects the two indexes; neither data set is changed.
+
+        Args:
+            images: read in its own grid.
+            others: labels or further images.
+            spatial_only: pair scenes of different dates.
+            transforms: applied to each sample.
+
+        Raises:
+            DataError: two label sets, or the two lie apart in space or time.
+        """
+        if not images.is_image:
+            raise DataError("expected images & labels, got two data sets of labels (is_image=False)")
+        others = copy.copy(others)
+        others.index = others.index.to_crs(images.crs)
+        self._spatial_only = spatial_only
+        try:
+            super().__init__(images, others, spatial_only=spatial_only, transforms=transforms)
+        except RuntimeError as error:
+            raise DataError(
+                f"no scene in {images.paths} overlaps one in {others.paths}: {error}; "
+                f"bounds in {images.crs.name} are {_bounds(images)} and {_bounds(others)}"
+            ) from error
+
+    def __getitem__(self, index: Query) -> Sample:
+        """Reads a query; arguments and errors as `SceneDataset`."""
+        images, others = cast(list[SceneDataset], self.datasets)
+        numbers, valid, grid = images.read_query(index)
+        t = images.complete(index)[2]
+        times = (None, None) if self._spatial_only else (t.start, t.stop)
+        more, more_valid = others.read_on(grid, *times)
+        if others.is_image:
+            return self._finished(
+                images.sample(index, np.concatenate([numbers, more]), valid & more_valid, grid)
+            )
+        sample = images.sample(index, numbers, valid, grid)
+        sample["mask"] = torch.from_numpy(more).squeeze(0)
+        sample["mask_valid"] = torch.from_numpy(more_valid)
+        return self._finished(sample)
+
+    def _finished(self, sample: Sample) -> Sample:
+        """The sample after the transforms of the first data set and of the pairs."""
+        own: Callable[[Sample], Sample] | None = cast(SceneDataset, self.datasets[0]).transforms
+        for transform in (own, self.transforms):
+            if transform is not None:
+                sample = transform(sample)
+        return sample
+
+
+def _sensor(sensor: Sensor | str | None, is_image: bool) -> Sensor | None:
+    if isinstance(sensor, Sensor):
+        return sensor
+    if sensor is None and not is_image:
+        return None
+    return get_sensor(sensor or "aerial_rgb")
+
+
+def _shared_crs(infos: Sequence[SceneInfo]) -> CRS:
+    first = infos[0].grid.crs
+    return first if all(info.grid.crs == first for info in infos) else EQUAL_AREA
+
+
+def _bounds(dataset: SceneDataset) -> tuple[float, ...]:
+    return tuple(round(float(value), 6) for value in dataset.index.total_bounds)
