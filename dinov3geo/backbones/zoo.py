@@ -125,15 +125,20 @@ def locate_weights(name_or_path: str | Path) -> Path:
     return path
 
 
-def save_backbone(path: Path, backbone: VisionTransformer, card: BackboneCard) -> None:
+def save_backbone(
+    path: Path, backbone: VisionTransformer, card: BackboneCard, *, dtype: torch.dtype = torch.float32
+) -> None:
     """Writes weights and card; both appear under their names only when whole.
 
     Args:
         path: of the .safetensors file; the card gets the suffix .json.
         backbone: in any dtype, on any device.
         card: what a user must know.
+        dtype: in which the weights are written; they are read back as float32.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    tensors = {
+        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in backbone.state_dict().items()
+    }
     write_tensors(path, tensors)
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(card.to_json(), encoding="utf-8")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional
 
 from dinov3geo.errors import DataError, RasterError
 
@@ -66,22 +67,28 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
             DataError: the file is damaged or no image.
         """
         path = self.files[index]
-        try:
-            image = decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError as error:
-            raise DataError(f"{path} cannot be decoded as JPEG or PNG: {error}") from error
-        # 16-bit PNG files arrive as uint16.
-        image = _fit(functional.to_dtype(image, torch.uint8, scale=True), self._chip_size)
+        image = torch.from_numpy(_fit(_decode(path), self._chip_size)).permute(2, 0, 1)
         sample = {"image": image, "valid": torch.ones(image.shape[1:], dtype=torch.bool)}
         if self._labels:
             sample["label"] = torch.tensor(self._class_indexes[path.parent.name])
         return sample
 
 
-def _fit(image: Tensor, size: int) -> Tensor:
-    """Resizes the shorter side of [3, H, W] to `size` and cuts the longer one about the centre."""
-    if min(image.shape[1:]) != size:
-        image = functional.resize(image, [size], antialias=True)
-    if image.shape[1:] != (size, size):
-        image = functional.center_crop(image, [size, size])
-    return image
+def _decode(path: Path) -> Image.Image:
+    """The image upright in 8-bit RGB."""
+    try:
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I"):
+                # Pillow clips 16-bit numbers instead of scaling them.
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return upright.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"{path} cannot be decoded as JPEG or PNG: {error}") from error
+
+
+def _fit(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Resizes the shorter side to `size` and cuts the longer one about the centre, [S, S, 3]."""
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.array(image)

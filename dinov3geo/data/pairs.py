@@ -225,7 +225,7 @@ def _pair_windows(image: SceneInfo, heights: SceneInfo, group: str, max_size: in
         return []
     inverse = ~grid.transform
     cols, rows = zip(*(inverse * (x, y) for x in bounds[::2] for y in bounds[1::2]), strict=True)
-    corner_xy = heights.grid.transform * (0, 0)
+    corner_xy = heights.grid.transform @ (0, 0)
     shared = _shares_lattice(grid, heights.grid, factor)
     origin_col, origin_row = inverse * corner_xy if shared else (0.0, 0.0)
     col_chips = _chips(min(cols), max(cols), grid.width, factor, max_size, phase=origin_col)
@@ -241,7 +241,7 @@ def _shares_lattice(image: PixelGrid, heights: PixelGrid, factor: int) -> bool:
     """Whether height cells are exactly `factor` pixels wide and high and begin at pixel corners."""
     if image.crs != heights.crs:
         return False
-    relative = ~image.transform * heights.transform
+    relative = ~image.transform @ heights.transform
     length = max(heights.width, heights.height)
     sizes = max(abs(abs(relative.a) - factor), abs(abs(relative.e) - factor)) * length
     offsets = max(abs(relative.c - round(relative.c)), abs(relative.f - round(relative.f)))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from dinov3geo.backbones.device import resolve_device
 from dinov3geo.backbones.zoo import build_backbone
 from dinov3geo.data.image_folder import ImageFolder
 from dinov3geo.data.mixture import network_bands, open_sources
 from dinov3geo.training.projection import ProjectionHead
 from dinov3geo.training.settings import TrainSettings
-from dinov3geo.training.trainer import resolve_device
 
 # Saved per token, block and channel for the backward pass: two norms, q, k, v, attention output and
 # projection, four times the width before and after GELU, two scaled branches.

@@ -46,6 +46,17 @@ class CheckpointSettings(BaseModel):
     keep_last: int = Field(3, gt=0, description="older checkpoints are deleted")
 
 
+class ExportSettings(BaseModel):
+    """What is written beside the teacher's weights for those who use them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    trained_on: tuple[str, ...] = Field((), description="data sets and their licences; the paths if empty")
+    licence: str = "not stated"
+    notes: str = Field("", description="limits that a user should know")
+
+
 class TrainSettings(BaseModel):
     """A pretraining run. A stage (gram, high resolution) is another set of these numbers."""
 
@@ -73,3 +84,4 @@ class TrainSettings(BaseModel):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedules: ScheduleSettings = ScheduleSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
+    export: ExportSettings = ExportSettings()

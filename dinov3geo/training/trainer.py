@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dinov3geo.backbones.card import BackboneCard, Normalization
+from dinov3geo.backbones.device import resolve_device
 from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.backbones.zoo import RUN_EXPORT, build_backbone, load_backbone, save_backbone
 from dinov3geo.data.crops import CropMaker
@@ -31,7 +32,7 @@ from dinov3geo.training.ssl import SelfSupervisedRecipe
 
 METRICS_FILE = "metrics.jsonl"
 # Keys that may change between the sittings of one run without changing its result.
-_FREE_ON_RESUME = ("log_every", "checkpoints", "data.workers", "data.root", "device", "threads")
+_FREE_ON_RESUME = ("log_every", "checkpoints", "export", "data.workers", "data.root", "device", "threads")
 # Streams of randomness must not meet: crops, and the networks' own draws (dropped paths, RoPE scale).
 _SEED_CROPS, _SEED_NETWORK = 1, 2
 
@@ -44,13 +45,13 @@ class RunResult:
 
     Attributes:
         steps: made in all, over every sitting.
-        finished: false if it was asked to stop early; `--resume` goes on.
+        stopped_by: signal that asked it to stop early, `--resume` goes on; None if it made every step.
         weights: exported teacher backbone.
         metrics: of the last logged step.
     """
 
     steps: int
-    finished: bool
+    stopped_by: int | None
     weights: Path
     metrics: dict[str, float]
 
@@ -61,22 +62,6 @@ def step_seed(seed: int, step: int, stream: int, rank: int = 0) -> int:
     factors = torch.tensor([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F], dtype=torch.int64)
     value = int((mixed + 1) @ factors)
     return (value ^ (value >> 29)) & 0x7FFFFFFF
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of a name; `auto` takes a GPU if there is one.
-
-    Raises:
-        ConfigError: no such device on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here; use auto or cpu") from error
-    return device
 
 
 def run_normalization(settings: TrainSettings) -> Normalization:
@@ -193,24 +178,32 @@ class Trainer:
         checkpoints.save_checkpoint(
             self.out, self.recipe, self.optimizer, state, keep=self.settings.checkpoints.keep_last
         )
+        self.export()
+
+    def export(self) -> None:
+        """Writes the teacher's backbone with its card."""
         teacher = self.recipe.teacher["backbone"]
         assert isinstance(teacher, VisionTransformer)
-        save_backbone(self.out / RUN_EXPORT, teacher, self.card())
+        dtype = getattr(torch, self.settings.export.dtype)
+        save_backbone(self.out / RUN_EXPORT, teacher, self.card(), dtype=dtype)
 
     def card(self) -> BackboneCard:
         """What a user of the exported weights must know."""
         sizes = [dataset.gsd_range_m for dataset in self.datasets if isinstance(dataset, SceneDataset)]
+        export = self.settings.export
         return BackboneCard(
             name=self.settings.name,
             variant=self.settings.model.variant,
             patch_size=self.settings.model.patch_size,
             normalization=self.normalization,
             gsd_m=_round_outwards(sizes),
-            trained_on=tuple(source.path for source in self.settings.data.sources),
+            trained_on=export.trained_on or tuple(source.path for source in self.settings.data.sources),
+            licence=export.licence,
+            notes=export.notes,
             recipe={
                 "steps": self.step,
                 "commit": _commit(),
-                "settings": self.settings.model_dump(mode="json", exclude={"data": {"root"}}),
+                "settings": self.settings.model_dump(mode="json", exclude={"data": {"root"}, "export": True}),
             },
         )
 
@@ -290,7 +283,8 @@ class Trainer:
                 clock.step_done()
         if self.step < settings.steps:
             self.save()
-        return RunResult(self.step, self.step == settings.steps, self.out / RUN_EXPORT, metrics)
+        stopped_by = stop_asked() if self.step < settings.steps else None
+        return RunResult(self.step, stopped_by, self.out / RUN_EXPORT, metrics)
 
     def _log(self, metrics: dict[str, float]) -> None:
         rates = {"lr": self.settings.schedules.lr.at(self.step - 1, self.settings.steps)}
@@ -324,13 +318,13 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
+def _stop_requests() -> Iterator[Callable[[], int | None]]:
     """Turns SIGTERM and SIGINT into a question that the loop asks between steps."""
-    asked = False
+    asked: int | None = None
 
-    def ask(_signal: int, _frame: FrameType | None) -> None:
+    def ask(number: int, _frame: FrameType | None) -> None:
         nonlocal asked
-        asked = True
+        asked = number
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -427,5 +421,7 @@ def pretrain(
         (out / METRICS_FILE).unlink(missing_ok=True)
         if settings.start_from is not None:
             trainer.start_from(settings.start_from)
+    if trainer.step == settings.steps:
+        trainer.export()
     (out / "settings.json").write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return trainer.run(progress)

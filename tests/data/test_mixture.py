@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.io import write_jpeg
+from PIL import Image
 
 from dinov3geo.data.mixture import (
     DataSettings,
@@ -42,8 +42,8 @@ def settings(write_raster: Callable[..., Path], tmp_path: Path) -> DataSettings:
     write_raster("mix/scenes/a.tif", shape=(3, 60, 70))
     (tmp_path / "mix" / "photos" / "cat").mkdir(parents=True)
     for number in range(3):
-        image = torch.randint(0, 256, (3, 50, 60), dtype=torch.uint8)
-        write_jpeg(image, str(tmp_path / "mix" / "photos" / "cat" / f"{number}.jpg"))
+        image = Image.fromarray(torch.randint(0, 256, (50, 60, 3), dtype=torch.uint8).numpy())
+        image.save(tmp_path / "mix" / "photos" / "cat" / f"{number}.jpg")
     return DataSettings(
         root=tmp_path / "mix",
         sources=(SourceSettings(path="scenes"), SourceSettings(path="photos", kind="images")),

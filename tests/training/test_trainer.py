@@ -64,7 +64,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_a_run_leaves_weights_that_load(settings: TrainSettings, tmp_path: Path) -> None:
     result = pretrain(settings, out=tmp_path / "run")
-    assert result.finished and result.steps == 6
+    assert result.stopped_by is None and result.steps == 6
     backbone = load_backbone(tmp_path / "run")
     assert backbone.card is not None
     assert backbone.card.recipe["steps"] == 6
@@ -129,7 +129,7 @@ def test_sigterm_saves_and_ends(settings: TrainSettings, tmp_path: Path) -> None
             os.kill(os.getpid(), signal.SIGTERM)
 
     result = pretrain(settings, out=tmp_path / "run", progress=ask)
-    assert not result.finished and result.steps == 3
+    assert result.stopped_by == signal.SIGTERM and result.steps == 3
     pretrain(settings, out=tmp_path / "whole")
     pretrain(settings, out=tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")

@@ -1,0 +1,1 @@
+"""The verbs of the command line. Heavy imports stand inside the commands, so that `--help` is instant."""

@@ -1,0 +1,371 @@
+"""`dinov3geo canopy`: fit, predict and evaluate canopy height."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dinov3geo.commands.console import (
+    check_folder,
+    format_seconds,
+    print_pairs,
+    print_table,
+    progress_bar,
+    warn,
+)
+from dinov3geo.commands.options import (
+    Backbone,
+    BatchSize,
+    Cache,
+    Changes,
+    Device,
+    Epochs,
+    Heights,
+    Images,
+    Overlap,
+    Overwrite,
+    Seed,
+    Tile,
+    command_line,
+)
+from dinov3geo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dinov3geo.evaluation.canopy import CanopyEvaluation
+    from dinov3geo.features.extract import FeatureCache
+    from dinov3geo.heads.canopy import CanopyModel, CanopySettings
+    from dinov3geo.predict.products import PredictionReport
+
+canopy = typer.Typer(help="Canopy height in metres.", no_args_is_help=True)
+
+PRODUCT = "canopy_height"
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|DIR",
+        help="A name from `dinov3geo models` or a folder written by `canopy fit`.",
+        show_default="the starter model",
+    ),
+]
+
+
+@canopy.command("fit")
+def fit(
+    context: typer.Context,
+    images: Images,
+    heights: Heights,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.", show_default=False)],
+    backbone: Backbone = None,
+    epochs: Epochs = None,
+    seed: Seed = 0,
+    changes: Changes = None,
+    cache: Cache = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print settings and the pairs found; fit nothing.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit a head on a frozen backbone to images and heights."""
+    from dinov3geo.heads.canopy import fit_canopy
+
+    settings = read_settings(changes, epochs=epochs, seed=seed)
+    check_folder(out.parent)
+    if dry_run:
+        print_plan(images, heights, settings, backbone)
+        return
+    with progress_bar("fit") as tell:
+        report = fit_canopy(
+            images,
+            heights,
+            out=out,
+            backbone=backbone,
+            settings=settings,
+            overwrite=overwrite,
+            cache=open_cache(cache),
+            command=command_line(context),
+            progress=lambda stage, done, total: tell(done, total, label=stage),
+        )
+    warn(unmatched_warnings(report.unmatched_images, report.unmatched_heights))
+    print_pairs(
+        [
+            ("model", str(report.folder)),
+            ("pairs", str(report.pairs)),
+            ("heights", str(report.cells)),
+            ("epoch kept", f"{report.result.best_epoch + 1} of {len(report.result.losses)}"),
+            (
+                "MAE",
+                f"{report.training_mae_m:.2f} m where it was fitted; elsewhere: canopy evaluate --folds 5",
+            ),
+        ]
+    )
+
+
+@canopy.command("evaluate")
+def evaluate(
+    context: typer.Context,
+    images: Images,
+    heights: Heights,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|DIR",
+            help="Score this model on data it was not fitted to.",
+            show_default="the starter model",
+        ),
+    ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=2, help="Fit and score by plot in N parts, beside baselines.", show_default=False
+        ),
+    ] = None,
+    backbone: Backbone = None,
+    report_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the whole report.", show_default=False),
+    ] = None,
+    epochs: Epochs = None,
+    seed: Seed = 0,
+    changes: Changes = None,
+    cache: Cache = None,
+) -> None:
+    """Measure errors of canopy height: a saved model, or cross-validation beside baselines."""
+    from dinov3geo.evaluation.canopy import evaluate_folds, evaluate_model
+
+    if model is not None and folds is not None:
+        raise ConfigError("give either --model, to score it, or --folds, to cross-validate a backbone")
+    if folds is None and (backbone or epochs or changes):
+        raise ConfigError("a model is scored as it is; --backbone, --epochs and --set go with --folds")
+    if report_file is not None:
+        check_folder(report_file.parent)
+    with progress_bar("evaluate") as tell:
+        if folds is not None:
+            evaluation = evaluate_folds(
+                images,
+                heights,
+                backbone=backbone,
+                folds=folds,
+                seed=seed,
+                settings=read_settings(changes, epochs=epochs, seed=seed),
+                cache=open_cache(cache),
+                json_path=report_file,
+                command=command_line(context),
+                progress=lambda stage, done, total: tell(done, total, label=stage),
+            )
+        else:
+            evaluation = evaluate_model(
+                images,
+                heights,
+                model=load_model(model, "cpu"),
+                json_path=report_file,
+                command=command_line(context),
+                progress=lambda stage, done, total: tell(done, total, label=stage),
+            )
+    details = evaluation.details
+    warn(unmatched_warnings(details["unmatched_images"], details["unmatched_heights"]))
+    print_evaluation(evaluation)
+
+
+@canopy.command("predict")
+def predict(
+    context: typer.Context,
+    scenes: Annotated[
+        list[str], typer.Argument(metavar="SCENE...", help="Files, folders or globs.", show_default=False)
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="OUT", help="A .tif for one scene, else a folder.", show_default=False
+        ),
+    ],
+    model: Model = None,
+    tile: Tile = 512,
+    overlap: Overlap = 128,
+    batch_size: BatchSize = 4,
+    preview: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Picture of scene and heights.", show_default="beside the output"),
+    ] = None,
+    no_preview: Annotated[bool, typer.Option("--no-preview", help="Draw no picture.")] = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Predict the canopy height of scenes as cloud-optimised GeoTIFFs."""
+    from dinov3geo.predict.products import predict_canopy
+    from dinov3geo.rasters.reader import find_rasters, inspect_scene
+
+    if preview and no_preview:
+        raise ConfigError("--preview and --no-preview exclude each other; give one of them")
+    jobs = plan_outputs(find_rasters(scenes), output)
+    if preview and len(jobs) > 1:
+        raise ConfigError(f"--preview names one picture, but there are {len(jobs)} scenes; leave it out")
+    # A bad scene is found before the first one is worked on.
+    for scene, target in jobs:
+        inspect_scene(scene)
+        check_folder(target.parent)
+    heights_model = load_model(model, device)
+    reports = []
+    for scene, target in jobs:
+        picture = None if no_preview else preview or target.with_suffix(".png")
+        with progress_bar(scene.name) as tell:
+            report = predict_canopy(
+                scene,
+                target,
+                model=heights_model,
+                tile=tile,
+                overlap=overlap,
+                batch_size=batch_size,
+                overwrite=overwrite,
+                preview=picture,
+                progress=tell,
+                command=command_line(context),
+            )
+        warn(report.warnings)
+        reports.append(report)
+    print_reports(reports)
+
+
+def plan_outputs(scenes: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
+    """Scenes with the files to write.
+
+    Args:
+        scenes: at least one.
+        output: a file (.tif, .tiff) for one scene; else a folder.
+
+    Raises:
+        ConfigError: several scenes and one file, or two scenes of one name.
+    """
+    if output.suffix.lower() in (".tif", ".tiff") and not output.is_dir():
+        if len(scenes) > 1:
+            raise ConfigError(f"{len(scenes)} scenes cannot go into one file {output}; give a folder to -o")
+        return [(scenes[0], output)]
+    jobs = [(scene, output / f"{scene.stem}_{PRODUCT}.tif") for scene in scenes]
+    sources: dict[Path, Path] = {}
+    for scene, target in jobs:
+        if target in sources:
+            raise ConfigError(
+                f"{sources[target]} and {scene} would both be written to {target}; run them apart"
+            )
+        sources[target] = scene
+    return jobs
+
+
+def read_settings(changes: Sequence[str] | None, *, epochs: int | None, seed: int) -> CanopySettings:
+    """The settings of a fit.
+
+    Args:
+        changes: `"key=value"` each; they win over the other arguments.
+        epochs: passes over the data, or None for the default.
+        seed: of everything random.
+
+    Raises:
+        ConfigError: an unknown key or a value that does not fit.
+    """
+    from dinov3geo.config import load_model as load_settings
+    from dinov3geo.heads.canopy import CanopySettings
+
+    shortcuts = [f"fit.seed={seed}"] + ([] if epochs is None else [f"fit.epochs={epochs}"])
+    return load_settings(CanopySettings, None, [*shortcuts, *(changes or [])])
+
+
+def open_cache(folder: Path | None) -> FeatureCache:
+    """The cache of features in a folder, or in the user's cache folder."""
+    from dinov3geo.features.extract import FeatureCache, default_cache_folder
+
+    return FeatureCache(folder or default_cache_folder())
+
+
+def print_plan(images: list[str], heights: list[str], settings: CanopySettings, backbone: str | None) -> None:
+    """What a fit would do, on stdout.
+
+    Raises:
+        UserError: data or backbone cannot be used.
+    """
+    from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, locate_weights
+    from dinov3geo.config import dump_model
+    from dinov3geo.data.pairs import match_pairs
+
+    weights = locate_weights(backbone or DEFAULT_BACKBONE)
+    match = match_pairs(images, heights, max_size=settings.max_window)
+    print(dump_model(settings))
+    print_pairs(
+        [
+            ("backbone", str(weights)),
+            ("pairs", str(len(match.pairs))),
+            ("plots", str(len({pair.group for pair in match.pairs}))),
+            ("images without heights", str(len(match.unmatched_images))),
+            ("heights without image", str(len(match.unmatched_heights))),
+        ]
+    )
+
+
+def unmatched_warnings(images: int, heights: int) -> list[str]:
+    """A line if rasters found no partner."""
+    if not images and not heights:
+        return []
+    return [f"{images} images have no heights and {heights} height rasters no image at their place; left out"]
+
+
+def print_evaluation(evaluation: CanopyEvaluation) -> None:
+    """Errors by method, by method and site, and by true height, on stdout."""
+    by_site = [
+        [row.method, row.site, str(row.scores.count)]
+        + [f"{n:.2f}" for n in (row.scores.mae, row.scores.rmse, row.scores.bias)]
+        + [f"{n:.3f}" for n in (row.scores.r2, row.block_r2)]
+        for row in evaluation.rows
+    ]
+    print_table(["method", "site", "cells", "MAE [m]", "RMSE [m]", "bias [m]", "R2", "block R2"], by_site)
+    filled = {bin.low: bin for bins in evaluation.bins.values() for bin in bins if bin.count}
+    header = ["MAE [m] by true height"]
+    header += [
+        f"{low:g}-{bin.high:g} m" if bin.high < float("inf") else f">{low:g} m" for low, bin in filled.items()
+    ]
+    rows = [
+        [method, *(f"{bin.mae:.2f}" for bin in bins if bin.count)] for method, bins in evaluation.bins.items()
+    ]
+    print()
+    print_table(header, rows)
+
+
+def print_reports(reports: Sequence[PredictionReport]) -> None:
+    """A summary of predictions on stdout: pairs for one, a table for several."""
+    if len(reports) == 1:
+        report = reports[0]
+        pairs = [
+            ("heights", str(report.output)),
+            ("picture", str(report.preview or "none")),
+            ("min, mean, max", f"{report.minimum_m:.1f}, {report.mean_m:.1f}, {report.maximum_m:.1f} m"),
+            ("valid", f"{report.valid_share:.1%} of the pixels, {report.area_km2 * 100:.4g} ha"),
+            ("tiles", str(report.tiles)),
+            ("time", format_seconds(report.seconds)),
+        ]
+        print_pairs(pairs)
+        return
+    rows = [
+        [
+            str(report.output),
+            f"{report.minimum_m:.1f}",
+            f"{report.mean_m:.1f}",
+            f"{report.maximum_m:.1f}",
+            f"{report.valid_share:.1%}",
+            format_seconds(report.seconds),
+        ]
+        for report in reports
+    ]
+    print_table(["heights", "min [m]", "mean [m]", "max [m]", "valid", "time"], rows)
+
+
+def load_model(name_or_folder: str | None, device: str) -> CanopyModel:
+    """The model of a name or folder, or the starter model, on a device.
+
+    Raises:
+        UserError: no such model or device.
+    """
+    from dinov3geo.backbones.device import resolve_device
+    from dinov3geo.heads.canopy import DEFAULT_MODEL, load_canopy_model
+
+    return load_canopy_model(name_or_folder or DEFAULT_MODEL).to(resolve_device(device))

@@ -1,0 +1,83 @@
+"""`dinov3geo models`: what can be named as a backbone, a canopy model or a variant."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dinov3geo.commands.console import print_table
+from dinov3geo.errors import UnknownNameError
+
+
+def models(
+    name: Annotated[str | None, typer.Argument(help="Show the card of one model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the weights that come with the package and the architectures that can be trained."""
+    cards = _bundled_cards()
+    if name is not None:
+        if name not in cards:
+            raise UnknownNameError("model", name, cards)
+        print(json.dumps(cards[name], indent=2))
+        return
+    variants = _variants()
+    if as_json:
+        print(json.dumps({"models": cards, "variants": variants}, indent=2))
+        return
+    rows = [[key, card["kind"], _scale(card), card["size"]] for key, card in cards.items()]
+    print_table(["model", "kind", "trained at", "size"], rows)
+    print("\nArchitectures for `model.variant` of a pretraining configuration:\n")
+    shapes = [
+        [key, str(shape["embed_dim"]), str(shape["num_blocks"]), f"{shape['parameters'] / 1e6:.1f} M"]
+        for key, shape in variants.items()
+    ]
+    print_table(["variant", "width", "blocks", "parameters"], shapes)
+
+
+def _bundled_cards() -> dict[str, dict[str, Any]]:
+    """The card of every bundled model, with its kind and the size of its weights."""
+    from dinov3geo.backbones.zoo import BUNDLED as BACKBONES
+    from dinov3geo.heads.canopy import BUNDLED_MODELS, CARD_FILE, HEAD_FILE
+
+    places = [("backbone", name, path, path.with_suffix(".json")) for name, path in BACKBONES.items()]
+    places += [
+        ("canopy height", name, folder / HEAD_FILE, folder / CARD_FILE)
+        for name, folder in BUNDLED_MODELS.items()
+    ]
+    return {name: {"kind": kind, **_read_card(weights, card)} for kind, name, weights, card in places}
+
+
+def _read_card(weights: Path, card: Path) -> dict[str, Any]:
+    if not (weights.is_file() and card.is_file()):
+        return {"size": "not installed"}
+    fields: dict[str, Any] = json.loads(card.read_text(encoding="utf-8"))
+    return {"size": f"{weights.stat().st_size / 1e6:.1f} MB", **fields}
+
+
+def _scale(card: dict[str, Any]) -> str:
+    """Ground sampling distances of the training, for the table."""
+    if not card.get("gsd_m"):
+        return "unknown"
+    low, high = card["gsd_m"]
+    return f"{low:g} m" if low == high else f"{low:g} to {high:g} m"
+
+
+def _variants() -> dict[str, dict[str, int]]:
+    """Width, depth and number of parameters of every architecture."""
+    import torch
+
+    from dinov3geo.backbones.zoo import VARIANTS, build_backbone
+
+    shapes = {}
+    for name in VARIANTS:
+        with torch.device("meta"):  # counts without allocating
+            backbone = build_backbone(name)
+        shapes[name] = {
+            "embed_dim": backbone.embed_dim,
+            "num_blocks": backbone.num_blocks,
+            "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        }
+    return shapes

@@ -1,0 +1,58 @@
+"""Options that several verbs share, and what stands behind them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Backbone = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|PATH",
+        help="A name from `dinov3geo models`, the folder of a pretraining run, or a .safetensors file.",
+        show_default="the starter weights",
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Tile = Annotated[int, typer.Option(min=1, help="Side of the square read at a time, pixels.")]
+Overlap = Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share and blend.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Tiles per forward pass.")]
+Images = Annotated[
+    list[str],
+    typer.Option(metavar="DIR|GLOB", help="Images: a folder, glob or file. Repeatable.", show_default=False),
+]
+Heights = Annotated[
+    list[str],
+    typer.Option(
+        metavar="DIR|GLOB",
+        help="Heights in metres, matched to the images by their georeference. Repeatable.",
+        show_default=False,
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace one setting, e.g. fit.learning_rate=3e-4; --dry-run lists them. Repeatable.",
+    ),
+]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="Passes over the data.", show_default="by the settings")
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder of computed features.", show_default="the user's cache folder"),
+]
+OutputPicture = Annotated[
+    Path, typer.Option("-o", "--output", metavar="PNG", help="Picture to write.", show_default=False)
+]
+
+
+def command_line(context: typer.Context) -> str:
+    """The command as it was typed, for the tags of what it writes."""
+    return str(context.obj or context.command_path)

@@ -1,0 +1,1 @@
+"""Scene and model to a georeferenced file, in bounded memory."""

@@ -1,0 +1,173 @@
+"""Does the scene suit the model? Answered before any work, in one line each."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rasterio.windows import Window
+
+from dinov3geo.backbones.card import Normalization
+from dinov3geo.backbones.vit import VisionTransformer
+from dinov3geo.errors import DataError, RasterError
+from dinov3geo.rasters.reader import SceneReader
+
+GSD_FACTOR = 2.0
+"""A GSD this many times outside the range of the training is worth a warning."""
+
+_SAMPLE_SIDE = 128
+_BYTE_SCALE = 1 / 255
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """What a model was trained on, as far as a scene must resemble it.
+
+    Attributes:
+        name: of the model, for messages and tags.
+        normalization: bands and the scale of their numbers.
+        gsd_m: range (low, high) of ground sampling distances, or None if unknown.
+    """
+
+    name: str
+    normalization: Normalization
+    gsd_m: tuple[float, float] | None
+
+    @classmethod
+    def of_backbone(cls, backbone: VisionTransformer) -> ModelInput:
+        """From the card of a backbone.
+
+        Raises:
+            DataError: it has none.
+        """
+        if backbone.card is None:
+            raise DataError("the backbone has no card, so its bands are unknown; load it with load_backbone")
+        return cls(backbone.card.name, backbone.card.normalization, backbone.card.gsd_m)
+
+
+def choose_bands(scene: Path, wanted: ModelInput) -> tuple[tuple[int, ...], list[str]]:
+    """Finds the bands of a scene that a model needs.
+
+    Bands are taken by their names (descriptions) where the file has all of them, else in the file's order;
+    alpha is not counted.
+
+    Args:
+        scene: raster file.
+        wanted: what the model takes.
+
+    Returns:
+        1-based indexes in the model's order, and warnings.
+
+    Raises:
+        RasterError, GeoreferenceError: the scene cannot be opened or used.
+        DataError: too few bands.
+    """
+    with SceneReader(scene) as reader:
+        available, names = reader.bands, [name.lower() for name in reader.info.band_names]
+    bands = wanted.normalization.bands
+    if all(name.lower() in names for name in bands):
+        return tuple(names.index(name.lower()) + 1 for name in bands), []
+    if len(available) < len(bands):
+        plural = "s" * (len(available) != 1)
+        raise DataError(
+            f"scene {scene} has {len(available)} band{plural}; model {wanted.name!r} needs {len(bands)}: "
+            f"{', '.join(bands)}"
+        )
+    chosen = available[: len(bands)]
+    if len(available) == len(bands):
+        return chosen, []
+    listed = ", ".join(str(index) for index in chosen)
+    return chosen, [
+        f"scene {scene} has {len(available)} bands without the names {', '.join(bands)}; "
+        f"bands {listed} were taken as these"
+    ]
+
+
+def check_numbers(reader: SceneReader, wanted: ModelInput) -> None:
+    """Looks at some windows whether the stored numbers have the scale that the model was trained on.
+
+    Args:
+        reader: of the model's bands.
+        wanted: what the model takes.
+
+    Raises:
+        DataError: 8-bit numbers expected and something else found, or the reverse; NaN in the sample.
+        RasterError: the scene is damaged.
+    """
+    dtype = np.dtype(reader.info.dtype)
+    expects_bytes = all(np.isclose(scale, _BYTE_SCALE) for scale in wanted.normalization.scale)
+    advice = "rescale the scene first, e.g. gdal_translate -ot Byte -scale LOW HIGH 0 255 IN OUT"
+    if dtype == np.uint8:
+        if all(scale < _BYTE_SCALE / 4 for scale in wanted.normalization.scale):
+            raise DataError(
+                f"scene {reader.path} holds 8-bit numbers, but model {wanted.name!r} expects reflectance "
+                f"stored with the factor {wanted.normalization.scale[0]:g}; use the unscaled product"
+            )
+        return
+    numbers = _sample_numbers(reader)
+    if not expects_bytes or not numbers.size:
+        return
+    low, high = float(numbers.min()), float(numbers.max())
+    if low < 0 or high > 255 or (dtype.kind == "f" and high <= 1.5):
+        raise DataError(
+            f"scene {reader.path} holds {dtype} numbers from {low:g} to {high:g}, but model {wanted.name!r} "
+            f"expects 0 to 255; {advice}"
+        )
+
+
+def gsd_warnings(scene: Path, gsd_m: float, wanted: ModelInput) -> list[str]:
+    """A warning if pixels are much smaller or larger on the ground than in the training."""
+    if wanted.gsd_m is None:
+        return []
+    low, high = wanted.gsd_m
+    if low / GSD_FACTOR <= gsd_m <= high * GSD_FACTOR:
+        return []
+    trained = f"{low:g} m" if low == high else f"{low:g} to {high:g} m"
+    return [
+        f"scene {scene} has pixels of {gsd_m:.3g} m, but model {wanted.name!r} was trained at {trained}; "
+        "expect worse results, or resample the scene first (gdalwarp -tr)"
+    ]
+
+
+def check_output(output: Path, scene: Path) -> None:
+    """Refuses to write over the scene itself.
+
+    Raises:
+        RasterError: output and scene are one file.
+    """
+    if output.exists() and output.samefile(scene):
+        raise RasterError(f"cannot write {output}: it is the scene itself; choose another name")
+
+
+def check_picture(png: Path) -> None:
+    """Checks that a picture can be written.
+
+    Raises:
+        RasterError: the name does not end in .png, or its folder is missing or not writable.
+    """
+    if png.suffix.lower() != ".png":
+        raise RasterError(f"cannot write {png}: pictures are PNG files, expected a name that ends in .png")
+    if png.is_dir():
+        raise RasterError(f"cannot write {png}: it is a folder, expected a file name")
+    folder = next(parent for parent in (png.absolute().parent, *png.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RasterError(f"cannot write {png}: {os.strerror(error.errno or 0)}") from error
+
+
+def _sample_numbers(reader: SceneReader) -> np.ndarray[tuple[int], np.dtype[np.generic]]:
+    """Valid numbers of up to 3 x 3 small windows spread over the scene, [N]."""
+    height, width = reader.info.grid.shape_hw
+    rows, cols = (sorted({int(length * share) for share in (0.0, 0.4, 0.8)}) for length in (height, width))
+    found = []
+    for row in rows:
+        for col in cols:
+            window = Window(col, row, min(_SAMPLE_SIDE, width - col), min(_SAMPLE_SIDE, height - row))
+            numbers, valid = reader.read(window)
+            found.append(numbers[:, valid].ravel())
+    return np.concatenate(found)

@@ -1,0 +1,394 @@
+"""Canopy height and features of whole scenes, on awkward rasters and on real ones."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from affine import Affine
+from rasterio.enums import ColorInterp
+from rasterio.windows import Window
+from rio_cogeo.cogeo import cog_validate
+
+from dinov3geo import __version__
+from dinov3geo.backbones.vit import VisionTransformer
+from dinov3geo.errors import ConfigError, DataError, GeoreferenceError, RasterError, UserError
+from dinov3geo.features.extract import extract_feature_maps
+from dinov3geo.heads.canopy import CanopyModel
+from dinov3geo.predict.products import predict_canopy, predict_features
+
+WriteRaster = Callable[..., Path]
+
+
+def read(path: Path) -> tuple[np.ndarray, dict]:
+    with rasterio.open(path) as dataset:
+        return dataset.read(), dataset.profile
+
+
+def snapshot(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def south_up(pixel: float = 0.1) -> Affine:
+    return Affine(pixel, 0, 400_000, 0, pixel, 3_280_000)
+
+
+def test_a_real_scene_becomes_a_cog_in_metres(osbs_scene: Path, model: CanopyModel, tmp_path: Path) -> None:
+    output, png = tmp_path / "deep" / "heights.tif", tmp_path / "heights.png"
+    told: list[tuple[int, int]] = []
+    report = predict_canopy(
+        osbs_scene,
+        output,
+        model=model,
+        tile=256,
+        overlap=64,
+        preview=png,
+        progress=lambda done, total: told.append((done, total)),
+        command="dinov3geo canopy predict",
+    )
+    with rasterio.open(osbs_scene) as scene:
+        holes = (scene.read() == 255).all(axis=0)
+        expected = (scene.crs, scene.transform, scene.shape)
+    with rasterio.open(output) as dataset:
+        heights = dataset.read(1)
+        assert (dataset.crs, dataset.transform, dataset.shape) == expected
+        assert (dataset.dtypes, dataset.nodata, dataset.units) == (("float32",), -9999.0, ("m",))
+        assert dataset.descriptions == ("canopy height",)
+        tags = dataset.tags()
+    assert tags["DINOV3GEO_MODEL"] == "canopy-test"
+    assert tags["DINOV3GEO_COMMAND"] == "dinov3geo canopy predict"
+    assert tags["DINOV3GEO_VERSION"] == __version__
+    assert cog_validate(output, quiet=True)[0]
+    np.testing.assert_array_equal(heights == -9999, holes)
+    assert heights[~holes].min() >= 0
+    assert heights[~holes].max() <= 60
+    assert (report.output, report.preview, report.tiles, report.warnings) == (output, png, 4, ())
+    assert report.valid_share == pytest.approx((~holes).mean())
+    assert report.area_km2 == pytest.approx((~holes).sum() * 0.01 / 1e6)
+    assert report.minimum_m == pytest.approx(heights[~holes].min())
+    assert report.mean_m == pytest.approx(heights[~holes].mean(dtype=np.float64), rel=1e-5)
+    assert report.maximum_m == pytest.approx(heights[~holes].max())
+    assert told == [(4, 4), (4, 4)]
+    assert png.stat().st_size > 10_000
+    assert snapshot(tmp_path) == {"deep", "deep/heights.tif", "heights.png"}
+
+
+def test_every_neon_plot_is_read_in_its_own_utm_zone(
+    data_root: Path, model: CanopyModel, tmp_path: Path
+) -> None:
+    zones = set()
+    for site in ("HARV", "OSBS", "SJER"):
+        scene = min((data_root / "neon_plots" / "rgb").glob(f"*{site}*.tif"))
+        predict_canopy(scene, tmp_path / f"{site}.tif", model=model)
+        with rasterio.open(scene) as source, rasterio.open(tmp_path / f"{site}.tif") as dataset:
+            assert (dataset.crs, dataset.transform) == (source.crs, source.transform)
+            zones.add(dataset.crs.to_epsg())
+    assert len(zones) == 3
+
+
+def test_a_scene_of_one_tile_equals_the_model_itself(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    scene = write_raster(shape=(3, 40, 75))
+    predict_canopy(scene, tmp_path / "out.tif", model=model)
+    numbers = torch.from_numpy(read(scene)[0])[None]
+    with torch.no_grad():
+        expected = model.predict(numbers, torch.ones(1, 40, 75, dtype=torch.bool))
+    np.testing.assert_allclose(read(tmp_path / "out.tif")[0][0], expected[0, 0].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 97), (3, 131, 1), (3, 67, 101)])
+@pytest.mark.parametrize("transform", [None, south_up(), Affine(0.1, 0, 4e5, 0, -0.3, 3e6)])
+def test_awkward_shapes_and_grids_keep_size_and_position(
+    write_raster: WriteRaster,
+    model: CanopyModel,
+    tmp_path: Path,
+    shape: tuple[int, int, int],
+    transform: Affine | None,
+) -> None:
+    scene = write_raster(shape=shape, transform=transform)
+    predict_canopy(
+        scene, tmp_path / "out.tif", model=model, tile=48, overlap=16, preview=tmp_path / "out.png"
+    )
+    heights, profile = read(tmp_path / "out.tif")
+    assert heights.shape == (1, *shape[1:])
+    assert np.isfinite(heights).all()
+    assert (heights >= 0).all()
+    with rasterio.open(scene) as dataset:
+        assert profile["transform"].almost_equals(dataset.transform)
+    assert (tmp_path / "out.png").exists()
+
+
+def test_an_alpha_band_becomes_the_mask(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    array = np.random.default_rng(0).integers(1, 255, (4, 40, 50), dtype=np.uint8)
+    array[3] = 255
+    array[3, 10:20, 30:] = 0
+    scene = write_raster(array=array, photometric="RGB", alpha="YES")
+    with rasterio.open(scene) as dataset:
+        assert dataset.colorinterp[3] == ColorInterp.alpha
+    report = predict_canopy(scene, tmp_path / "out.tif", model=model)
+    heights = read(tmp_path / "out.tif")[0][0]
+    np.testing.assert_array_equal(heights == -9999, array[3] == 0)
+    assert report.warnings == ()
+
+
+def test_holes_and_their_neighbours(write_raster: WriteRaster, model: CanopyModel, tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(1, 255, (3, 90, 70), dtype=np.uint8)
+    array[:, 20:60, 10:40] = 0
+    array[0, 5, 5] = 0  # black in one band only: data
+    predict_canopy(
+        write_raster(array=array, nodata=0), tmp_path / "out.tif", model=model, tile=32, overlap=16
+    )
+    heights = read(tmp_path / "out.tif")[0][0]
+    np.testing.assert_array_equal(heights == -9999, (array == 0).all(axis=0))
+
+
+def test_bands_are_found_by_name(write_raster: WriteRaster, model: CanopyModel, tmp_path: Path) -> None:
+    rgb = np.random.default_rng(0).integers(1, 255, (3, 32, 32), dtype=np.uint8)
+    shuffled = np.stack([rgb[2], np.zeros_like(rgb[0]) + 7, rgb[1], rgb[0]])
+    names = ["Blue", "nir", "Green", "Red"]
+    plain = write_raster("plain.tif", array=rgb)
+    named = write_raster("named.tif", array=shuffled, band_names=names)
+    predict_canopy(plain, tmp_path / "a.tif", model=model)
+    report = predict_canopy(named, tmp_path / "b.tif", model=model)
+    np.testing.assert_array_equal(read(tmp_path / "a.tif")[0], read(tmp_path / "b.tif")[0])
+    assert report.warnings == ()
+
+
+def test_the_model_is_named_as_the_caller_says(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    predict_canopy(write_raster(), tmp_path / "out.tif", model=model, model_name="my-forest")
+    with rasterio.open(tmp_path / "out.tif") as dataset:
+        assert dataset.tags()["DINOV3GEO_MODEL"] == "my-forest"
+    with pytest.raises(DataError, match="model 'my-forest' needs 3"):
+        scene = write_raster("grey.tif", shape=(1, 8, 8))
+        predict_canopy(scene, tmp_path / "grey_out.tif", model=model, model_name="my-forest")
+
+
+def test_surplus_bands_and_another_gsd_are_warned_about(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    scene = write_raster(shape=(5, 32, 32), pixel_size=0.6, photometric="MINISBLACK")
+    report = predict_canopy(scene, tmp_path / "out.tif", model=model)
+    surplus, gsd = report.warnings
+    assert "has 5 bands without the names red, green, blue; bands 1, 2, 3 were taken" in surplus
+    assert "has pixels of 0.6 m, but model 'canopy-test' was trained at 0.1 m" in gsd
+
+
+def test_8_bit_numbers_in_a_wider_type_are_taken(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    rgb = np.random.default_rng(0).integers(1, 255, (3, 32, 32), dtype=np.uint8)
+    for name, dtype in (("a", "uint8"), ("b", "uint16"), ("c", "float32")):
+        scene = write_raster(f"{name}_scene.tif", array=rgb.astype(dtype))
+        predict_canopy(scene, tmp_path / f"{name}.tif", model=model)
+    heights = read(tmp_path / "a.tif")[0]
+    np.testing.assert_array_equal(heights, read(tmp_path / "b.tif")[0])
+    np.testing.assert_array_equal(heights, read(tmp_path / "c.tif")[0])
+
+
+def nan_pixel() -> np.ndarray:
+    array = np.full((3, 300, 300), 100, dtype=np.float32)
+    array[1, 290, 17] = np.nan
+    return array
+
+
+BAD_SCENES = {
+    "one band": ({"shape": (1, 9, 9)}, DataError, "has 1 band; model 'canopy-test' needs 3: red, green, b"),
+    "no CRS": ({"crs": None}, GeoreferenceError, "no coordinate reference system"),
+    "rotated": (
+        {"transform": Affine(0.1, 0.02, 4e5, 0.02, -0.1, 3e6)},
+        GeoreferenceError,
+        "rotated or sheared",
+    ),
+    "all nodata": (
+        {"array": np.zeros((3, 20, 20), dtype=np.uint8), "nodata": 0},
+        DataError,
+        "no valid pixel",
+    ),
+    "NaN": ({"array": nan_pixel()}, DataError, "holds NaN or infinity"),
+    "reflectance": ({"dtype": "uint16"}, DataError, "expects 0 to 255"),
+    "unit range": ({"dtype": "float32"}, DataError, "expects 0 to 255"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SCENES)
+def test_a_bad_scene_gives_one_line_and_leaves_nothing(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path, kind: str
+) -> None:
+    arguments, error, message = BAD_SCENES[kind]
+    scene = write_raster("scene.tif", **arguments)
+    threads = threading.active_count()
+    with pytest.raises(error, match=message) as caught:
+        predict_canopy(
+            scene, tmp_path / "new" / "out.tif", model=model, tile=64, overlap=16, preview=tmp_path / "o.png"
+        )
+    assert isinstance(caught.value, UserError)
+    assert "\n" not in str(caught.value)
+    assert str(scene) in str(caught.value)
+    assert snapshot(tmp_path) == {"scene.tif"}
+    assert threading.active_count() == threads
+
+
+def test_a_scene_that_breaks_in_the_middle_leaves_nothing(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    scene = write_raster(
+        shape=(3, 256, 64), tiled=True, blockxsize=64, blockysize=64, compress="deflate", interleave="pixel"
+    )
+    with rasterio.open(scene) as dataset:
+        offset = int(dataset.get_tag_item("BLOCK_OFFSET_0_2", "TIFF", bidx=1))
+    content = bytearray(scene.read_bytes())
+    content[offset : offset + 2000] = b"\x00" * 2000
+    scene.write_bytes(content)
+    told: list[int] = []
+    with pytest.raises(RasterError, match="damaged or truncated"):
+        predict_canopy(
+            scene,
+            tmp_path / "out.tif",
+            model=model,
+            tile=64,
+            overlap=0,
+            batch_size=1,
+            progress=lambda done, total: told.append(done),
+        )
+    assert told
+    assert snapshot(tmp_path) == {"scene.tif"}
+
+
+def test_a_truncated_file_is_refused(write_raster: WriteRaster, model: CanopyModel, tmp_path: Path) -> None:
+    scene = write_raster(shape=(3, 200, 200))
+    os.truncate(scene, scene.stat().st_size // 2)
+    with pytest.raises(RasterError, match="truncated"):
+        predict_canopy(scene, tmp_path / "out.tif", model=model)
+    assert snapshot(tmp_path) == {"scene.tif"}
+
+
+def test_no_scene_no_raster_no_place_for_the_output(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    scene, text, output = write_raster(), tmp_path / "notes.txt", tmp_path / "out.tif"
+    text.write_text("not a raster")
+    for bad in (tmp_path / "missing.tif", text):
+        with pytest.raises(RasterError, match=bad.name):
+            predict_canopy(bad, output, model=model)
+    for place, png in (
+        (text / "out.tif", None),
+        (tmp_path, None),
+        (scene, None),
+        (output, tmp_path / "out.jpg"),
+        (output, text / "out.png"),
+        (output, Path("/proc/none/out.png")),
+    ):
+        with pytest.raises(RasterError, match="cannot write"):
+            predict_canopy(scene, place, model=model, preview=png, overwrite=True)
+    assert snapshot(tmp_path) == {"scene.tif", "notes.txt"}
+
+
+def test_an_existing_output_is_replaced_only_when_asked(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    scene, output = write_raster(), tmp_path / "out.tif"
+    output.write_text("mine")
+    with pytest.raises(RasterError, match="exists already"):
+        predict_canopy(scene, output, model=model)
+    assert output.read_text() == "mine"
+    predict_canopy(scene, output, model=model, overwrite=True)
+    assert read(output)[0].shape == (1, 48, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tile": 0}, "tile must be at least"),
+        ({"batch_size": 0}, "batch size"),
+        ({"tile": 64, "overlap": 64}, "overlap"),
+    ],
+)
+def test_senseless_tiles_are_refused(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path, arguments: dict, message: str
+) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        predict_canopy(write_raster(), tmp_path / "out.tif", model=model, **arguments)
+
+
+def test_features_of_one_tile_are_the_backbones_own(
+    osbs_scene: Path, backbone: VisionTransformer, tmp_path: Path
+) -> None:
+    output = tmp_path / "features.tif"
+    report = predict_features(osbs_scene, output, backbone=backbone, command="dinov3geo features")
+    assert (report.grid_hw, report.dimensions, report.tiles) == ((25, 25), 24, 1)
+    features, profile = read(output)
+    image, source = read(osbs_scene)
+    valid = ~(image == 255).all(axis=0)
+    (expected,) = extract_feature_maps(
+        backbone, torch.from_numpy(image)[None], torch.from_numpy(valid)[None], blocks=(1,)
+    )
+    np.testing.assert_allclose(features, expected[0].numpy(), atol=1e-4)
+    assert profile["crs"] == source["crs"]
+    assert profile["transform"].almost_equals(source["transform"] * Affine.scale(16))
+    assert np.isnan(profile["nodata"])
+    assert cog_validate(output, quiet=True)[0]
+
+
+def test_features_keep_holes_and_reach_over_the_edge(
+    write_raster: WriteRaster, backbone: VisionTransformer, tmp_path: Path
+) -> None:
+    array = np.random.default_rng(0).integers(1, 255, (3, 150, 101), dtype=np.uint8)
+    array[:, 32:64, 16:48] = 0
+    array[:, 40, 20] = 9  # one pixel is enough for a patch
+    output = tmp_path / "features.tif"
+    report = predict_features(
+        write_raster(array=array, nodata=0), output, backbone=backbone, tile=70, overlap=17
+    )
+    features, _ = read(output)
+    assert features.shape == (24, 10, 7)
+    holes = np.zeros((10, 7), dtype=bool)
+    holes[2:4, 1:3] = True
+    holes[2, 1] = False
+    np.testing.assert_array_equal(np.isnan(features), np.broadcast_to(holes, features.shape))
+    assert report.valid_share == pytest.approx(67 / 70)
+
+
+def test_principal_components_are_projections_of_the_features(
+    osbs_scene: Path, backbone: VisionTransformer, tmp_path: Path
+) -> None:
+    arguments = {"backbone": backbone, "tile": 128, "overlap": 32, "image_scale": 2.0}
+    whole = predict_features(osbs_scene, tmp_path / "whole.tif", **arguments)
+    reduced = predict_features(osbs_scene, tmp_path / "pca.tif", pca=3, **arguments)
+    assert whole.grid_hw == reduced.grid_hw == (50, 50)
+    assert reduced.dimensions == len(reduced.explained) == 3
+    features = read(tmp_path / "whole.tif")[0].reshape(24, -1)
+    components = read(tmp_path / "pca.tif")[0].reshape(3, -1)
+    design = np.vstack([features, np.ones_like(features[:1])])
+    fitted = np.linalg.lstsq(design.T, components.T, rcond=None)[0]
+    np.testing.assert_allclose(fitted.T @ design, components, atol=1e-2)
+    assert components.var(axis=1) == pytest.approx(sorted(components.var(axis=1), reverse=True))
+
+
+def test_too_many_components_are_refused_before_anything_is_written(
+    osbs_scene: Path, backbone: VisionTransformer, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="1 to 24"):
+        predict_features(osbs_scene, tmp_path / "pca.tif", backbone=backbone, pca=25)
+    assert snapshot(tmp_path) == set()
+
+
+def test_a_tile_of_a_large_scene_equals_a_scene_of_that_tile(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    large = write_raster("large.tif", shape=(3, 200, 192))
+    predict_canopy(large, tmp_path / "large_out.tif", model=model, tile=64, overlap=0)
+    array, _ = read(large)
+    cut = write_raster("cut.tif", array=array[:, 64:128, 64:128])
+    predict_canopy(cut, tmp_path / "cut_out.tif", model=model, tile=64, overlap=0)
+    with rasterio.open(tmp_path / "large_out.tif") as dataset:
+        part = dataset.read(window=Window(64, 64, 64, 64))
+    np.testing.assert_allclose(part, read(tmp_path / "cut_out.tif")[0], atol=1e-5)
