@@ -1,0 +1,1 @@
+"""Protocols and metrics; no names of data sets."""

@@ -1,0 +1,408 @@
+"""How well canopy heights are predicted: cross-validation by plot beside baselines, or a saved model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
+from dinov3geo.data.pairs import HeightPair, PairArrays, PairMatch, Spec, load_pair, match_pairs
+from dinov3geo.errors import DataError, RasterError
+from dinov3geo.evaluation.baselines import (
+    SITE_PATTERN,
+    color_statistics,
+    fit_gradient_boosting,
+    group_means,
+    site_name,
+)
+from dinov3geo.evaluation.regression_metrics import (
+    BinAccumulator,
+    BinErrors,
+    BlockAccumulator,
+    RegressionAccumulator,
+    RegressionScores,
+)
+from dinov3geo.features.extract import FeatureCache, default_blocks, undo_view
+from dinov3geo.heads.base import Head
+from dinov3geo.heads.canopy import CanopyModel, CanopySettings, fit_dpt
+from dinov3geo.heads.fit import FitSample, predict_cells
+from dinov3geo.heads.samples import StageProgress, build_samples, cell_validity
+
+REPORT_FORMAT = "dinov3geo-canopy-evaluation/1"
+# 10 m on the 1 m heights of NEON, whose plots of 20 to 40 m have no room for CHMv2's 50 cells.
+DEFAULT_BLOCK = 10
+
+Heights = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class MethodScores:
+    """One method's row of the table.
+
+    Attributes:
+        method: what predicted.
+        site: where, or `"all"` for every site together.
+        scores: over all held-out cells, metres.
+        block_r2: R2 between means of square blocks.
+    """
+
+    method: str
+    site: str
+    scores: RegressionScores
+    block_r2: float
+
+
+@dataclass(frozen=True, slots=True)
+class CanopyEvaluation:
+    """Result of an evaluation.
+
+    Attributes:
+        rows: one per method over all sites, then one per method and site.
+        bins: errors by true height of each method over all sites.
+        details: data, folds, seeds and settings.
+    """
+
+    rows: tuple[MethodScores, ...]
+    bins: Mapping[str, tuple[BinErrors, ...]]
+    details: Mapping[str, Any]
+
+    def row(self, method: str, site: str = "all") -> MethodScores:
+        """The row of a method at a site.
+
+        Raises:
+            KeyError: no such row.
+        """
+        for row in self.rows:
+            if (row.method, row.site) == (method, site):
+                return row
+        raise KeyError((method, site))
+
+    def to_json(self) -> str:
+        """The report as indented JSON; numbers that do not exist (an empty bin's error) are null."""
+        report = {
+            "format": REPORT_FORMAT,
+            **self.details,
+            "rows": [
+                {"method": r.method, "site": r.site, **asdict(r.scores), "block_r2": r.block_r2}
+                for r in self.rows
+            ],
+            "height_bins": {m: [asdict(b) for b in bins] for m, bins in self.bins.items()},
+        }
+        return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plot:
+    """One pair with its numbers in memory."""
+
+    pair: HeightPair
+    arrays: PairArrays
+    known: NDArray[np.bool_]
+    site: str
+
+    @property
+    def heights(self) -> Heights:
+        """[N] true heights of the known cells."""
+        return self.arrays.heights[self.known]
+
+
+class _Table:
+    """Collects predictions of several methods, plot by plot."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self._cells: dict[tuple[str, str], RegressionAccumulator] = {}
+        self._blocks: dict[tuple[str, str], BlockAccumulator] = {}
+        self._bins: dict[str, BinAccumulator] = {}
+
+    def add(self, method: str, plot: _Plot, predicted: NDArray[Any] | float) -> None:
+        """Adds a method's heights of one plot, [h, w] or one number for all cells."""
+        guess = np.broadcast_to(predicted, plot.arrays.heights.shape)
+        for site in dict.fromkeys(("all", plot.site)):
+            cells = self._cells.setdefault((method, site), RegressionAccumulator())
+            cells.update(guess, plot.arrays.heights, plot.known)
+            blocks = self._blocks.setdefault((method, site), BlockAccumulator(self.block))
+            blocks.update(guess, plot.arrays.heights, plot.known)
+        self._bins.setdefault(method, BinAccumulator()).update(guess, plot.arrays.heights, plot.known)
+
+    def evaluation(self, details: Mapping[str, Any]) -> CanopyEvaluation:
+        """The finished table."""
+        keys = sorted(self._cells, key=lambda key: (key[1] != "all", key[1]))
+        rows = tuple(
+            MethodScores(method, site, self._cells[method, site].scores(), self._block_r2(method, site))
+            for method, site in keys
+        )
+        return CanopyEvaluation(rows, {m: tuple(b.errors()) for m, b in self._bins.items()}, details)
+
+    def _block_r2(self, method: str, site: str) -> float:
+        return self._blocks[method, site].scores().r2
+
+
+def evaluate_folds(
+    images: Spec,
+    heights: Spec,
+    *,
+    backbone: str | Path | None = None,
+    folds: int = 5,
+    seed: int = 0,
+    settings: CanopySettings | None = None,
+    site_pattern: str = SITE_PATTERN,
+    block: int = DEFAULT_BLOCK,
+    cache: FeatureCache | None = None,
+    json_path: Path | None = None,
+    command: str = "",
+    progress: StageProgress | None = None,
+) -> CanopyEvaluation:
+    """Cross-validates the head beside its baselines; every plot is held out once.
+
+    Folds are drawn by plot (overlapping images stay together) and within each site, so that every fold
+    trains on every site. Scores pool the cells of all held-out plots.
+
+    Args:
+        images: folder, glob, file or list of them.
+        heights: likewise; matched to the images by georeference.
+        backbone: name or path, or None for the bundled one.
+        folds: number of parts.
+        seed: of the folds and of gradient boosting; the head has its own in `settings.fit`.
+        settings: of the head; None for the defaults.
+        site_pattern: regular expression that finds the site in an image's file name.
+        block: side of the blocks of block R2, in height cells.
+        cache: of features, or None to keep none.
+        json_path: file for the report, replaced if it exists.
+        command: that was typed, for the report.
+        progress: called with a stage's name, how much is done, and of how much.
+
+    Returns:
+        The table, with the methods "mean", "site mean", "gradient boosting" (squared error), "gradient
+        boosting (absolute error)" and "frozen features + DPT".
+
+    Raises:
+        UserError: a file, name or number that cannot be used.
+    """
+    settings = settings or CanopySettings()
+    frozen = load_backbone(DEFAULT_BACKBONE if backbone is None else backbone)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    match = match_pairs(images, heights, max_size=settings.max_window)
+    plots = _load_plots(match.pairs, site_pattern)
+    numbers = assign_folds([p.pair.group for p in plots], [p.site for p in plots], folds, seed=seed)
+    samples = build_samples(
+        match.pairs,
+        frozen.to(device),
+        blocks=default_blocks(frozen.num_blocks, settings.num_maps),
+        image_scale=settings.image_scale,
+        views=max(settings.views, settings.predict_views),
+        cache=cache or FeatureCache(None),
+        progress=progress,
+    )
+    colours = [color_statistics(p.arrays.image, p.arrays.valid, p.pair.factor) for p in plots]
+    table = _Table(block)
+    for fold in range(folds):
+        train = [i for i, n in enumerate(numbers) if n != fold]
+        held = [i for i, n in enumerate(numbers) if n == fold]
+        _add_baselines(table, plots, colours, train, held, seed)
+        named = _prefixed(progress, f"fold {fold + 1}/{folds}, ")
+        head, _ = fit_dpt([samples[i] for i in train], settings, device=device, progress=named)
+        for index in held:
+            predicted = predict_plot(head, samples[index], settings.predict_views)
+            table.add("frozen features + DPT", plots[index], predicted)
+    details = _details(match, plots, command) | {
+        "backbone": "" if frozen.card is None else frozen.card.name,
+        "folds": folds,
+        "seed": seed,
+        "block_cells": block,
+        "settings": settings.model_dump(),
+    }
+    return _finish(table, details, json_path)
+
+
+def evaluate_model(
+    images: Spec,
+    heights: Spec,
+    *,
+    model: CanopyModel,
+    site_pattern: str = SITE_PATTERN,
+    block: int = DEFAULT_BLOCK,
+    max_window: int = 512,
+    json_path: Path | None = None,
+    command: str = "",
+    progress: StageProgress | None = None,
+) -> CanopyEvaluation:
+    """Scores a saved model on heights that it should not have been fitted on.
+
+    Args:
+        images: folder, glob, file or list of them.
+        heights: likewise.
+        model: from `load_canopy_model`.
+        site_pattern: regular expression that finds the site in an image's file name.
+        block: side of the blocks of block R2, in height cells.
+        max_window: larger images are predicted in parts, pixels.
+        json_path: file for the report, replaced if it exists.
+        command: that was typed, for the report.
+        progress: called with a stage's name, how much is done, and of how much.
+
+    Returns:
+        The table, with the one method "model".
+
+    Raises:
+        UserError: a file or number that cannot be used.
+    """
+    match = match_pairs(images, heights, max_size=max_window)
+    table = _Table(block)
+    plots = _load_plots(match.pairs, site_pattern)
+    for done, plot in enumerate(plots):
+        if progress is not None:
+            progress("plots", done, len(plots))
+        pixels = model.predict(
+            torch.from_numpy(plot.arrays.image)[None], torch.from_numpy(plot.arrays.valid)[None]
+        )
+        cells = torch.nn.functional.avg_pool2d(pixels, plot.pair.factor)[0, 0]
+        table.add("model", plot, cells.cpu().numpy())
+    details = _details(match, plots, command) | {
+        "backbone": model.card.get("backbone", {}).get("name", ""),
+        "block_cells": block,
+    }
+    return _finish(table, details, json_path)
+
+
+def assign_folds(groups: Sequence[str], sites: Sequence[str], folds: int, *, seed: int) -> list[int]:
+    """Deals groups out to folds, site by site.
+
+    Args:
+        groups: of each plot; plots of one group get one fold.
+        sites: of each plot; a group belongs to the site of its first plot.
+        folds: number of parts.
+        seed: of the draw.
+
+    Returns:
+        Fold of each plot, 0 to folds - 1.
+
+    Raises:
+        DataError: fewer than 2 folds, or more folds than groups.
+    """
+    site_of: dict[str, str] = {}
+    for group, site in zip(groups, sites, strict=True):
+        site_of.setdefault(group, site)
+    if not 2 <= folds <= len(site_of):
+        raise DataError(
+            f"{folds} folds were asked for, but {len(site_of)} separate plots allow 2 to {len(site_of)}"
+        )
+    generator = np.random.default_rng(seed)
+    fold_of: dict[str, int] = {}
+    for site in sorted(set(site_of.values())):
+        members = sorted(group for group, own in site_of.items() if own == site)
+        for position in generator.permutation(len(members)).tolist():
+            # Counting on from site to site keeps the folds within one plot of equal size.
+            fold_of[members[position]] = len(fold_of) % folds
+    return [fold_of[group] for group in groups]
+
+
+def predict_plot(head: Head, sample: FitSample, views: int) -> NDArray[np.float32]:
+    """Heights of a plot's cells, averaged over its first views, [h, w] metres."""
+    low, high = head.output.minimum, head.output.maximum
+    with torch.no_grad():
+        turned = [
+            undo_view(predict_cells(head, [sample.views[v]], sample.factor)[0, 0], v) for v in range(views)
+        ]
+        mean: NDArray[np.float32] = torch.stack(turned).mean(0).clamp(low, high).cpu().numpy()
+    return mean
+
+
+def _load_plots(pairs: Sequence[HeightPair], site_pattern: str) -> list[_Plot]:
+    plots = []
+    for pair in pairs:
+        arrays = load_pair(pair)
+        known = cell_validity(arrays, pair.factor)
+        plots.append(_Plot(pair, arrays, known, site_name(pair.image, site_pattern)))
+    if not any(plot.known.any() for plot in plots):
+        raise DataError(f"none of the {len(plots)} height windows holds a valid height; is all of it nodata?")
+    return plots
+
+
+def _add_baselines(
+    table: _Table,
+    plots: list[_Plot],
+    colours: list[NDArray[np.float32]],
+    train: list[int],
+    held: list[int],
+    seed: int,
+) -> None:
+    """Fits the baselines on the training plots and adds their predictions of the others."""
+    values = [plots[i].heights for i in train]
+    truth = np.concatenate(values)
+    if truth.size == 0:
+        raise DataError("a fold has no valid height to train on; use fewer folds or more plots")
+    sites = group_means(values, [plots[i].site for i in train], [plots[i].site for i in held])
+    for index, mean in zip(held, sites, strict=True):
+        table.add("mean", plots[index], float(truth.mean()))
+        table.add("site mean", plots[index], mean)
+    features = np.concatenate([colours[i][plots[i].known] for i in train])
+    boosted = {
+        "gradient boosting": fit_gradient_boosting(features, truth, loss="squared_error", seed=seed),
+        "gradient boosting (absolute error)": fit_gradient_boosting(
+            features, truth, loss="absolute_error", seed=seed
+        ),
+    }
+    for name, regressor in boosted.items():
+        for index in held:
+            shape = plots[index].known.shape
+            flat = colours[index].reshape(-1, colours[index].shape[-1])
+            table.add(name, plots[index], regressor.predict(flat).reshape(shape))
+
+
+def _prefixed(progress: StageProgress | None, prefix: str) -> StageProgress | None:
+    if progress is None:
+        return None
+    return lambda stage, done, total: progress(prefix + stage, done, total)
+
+
+def _details(match: PairMatch, plots: list[_Plot], command: str) -> dict[str, Any]:
+    return {
+        "command": command,
+        "plots": len({p.pair.group for p in plots}),
+        "plots_per_site": {
+            site: len({p.pair.group for p in plots if p.site == site})
+            for site in sorted({p.site for p in plots})
+        },
+        "cells": sum(int(p.known.sum()) for p in plots),
+        "unmatched_images": len(match.unmatched_images),
+        "unmatched_heights": len(match.unmatched_heights),
+    }
+
+
+def _finish(table: _Table, details: Mapping[str, Any], json_path: Path | None) -> CanopyEvaluation:
+    evaluation = table.evaluation(details)
+    if json_path is not None:
+        _write_text(json_path, evaluation.to_json())
+    return evaluation
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes a file that appears under its name only when whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RasterError(f"{path} cannot be written ({error.strerror})") from error
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401
+    """The same structure with NaN and infinity as None, as JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,49 @@
+"""The contract of a head: frozen feature maps in, a map of the ground out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """What the numbers of a head mean.
+
+    Attributes:
+        name: product, e.g. `"canopy_height"`.
+        unit: unit of a continuous output (`"m"`), or `""` for classes.
+        class_names: names in channel order, empty for a continuous output.
+        dtype: of the written raster, a NumPy name.
+        nodata: of the written raster; never a possible value.
+        minimum: smallest value written, or None.
+        maximum: largest value written, or None.
+    """
+
+    name: str
+    unit: str = ""
+    class_names: tuple[str, ...] = ()
+    dtype: str = "float32"
+    nodata: float = -9999.0
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+class Head(nn.Module):
+    """A small trainable network on frozen features."""
+
+    output: OutputSpec
+
+    @abstractmethod
+    def forward(self, feature_maps: list[Tensor], size_hw: tuple[int, int]) -> Tensor:
+        """Predicts a map.
+
+        Args:
+            feature_maps: one [B, D, h, w] per requested block, all of one grid.
+            size_hw: rows and columns of the output in pixels.
+
+        Returns:
+            [B, K, H, W]; K is 1 for a continuous output in `output.unit`, else class logits.
+        """

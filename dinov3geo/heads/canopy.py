@@ -1,0 +1,431 @@
+"""Canopy height: a frozen backbone and a fitted head, with the card that travels with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from dinov3geo.backbones.vit import VisionTransformer
+from dinov3geo.backbones.zoo import (
+    BUNDLED,
+    DEFAULT_BACKBONE,
+    RUN_EXPORT,
+    load_backbone,
+    read_tensors,
+    save_backbone,
+    write_tensors,
+)
+from dinov3geo.data.pairs import HeightPair, PairMatch, Spec, match_pairs
+from dinov3geo.errors import ConfigError, DataError, RasterError, UnknownNameError
+from dinov3geo.features.extract import (
+    FeatureCache,
+    apply_view,
+    default_blocks,
+    extract_feature_maps,
+    pixels_per_patch,
+    undo_view,
+    weights_digest,
+)
+from dinov3geo.heads.base import OutputSpec
+from dinov3geo.heads.dpt import DPTHead
+from dinov3geo.heads.fit import FitResult, FitSample, FitSettings, fit_head, predict_cells
+from dinov3geo.heads.samples import StageProgress, build_samples
+
+CARD_FORMAT = "dinov3geo-head/1"
+BUNDLED_MODELS: dict[str, Path] = {
+    "canopy-tiny-aerial": Path(__file__).parent / "weights" / "canopy-tiny-aerial"
+}
+DEFAULT_MODEL = "canopy-tiny-aerial"
+CANOPY_HEIGHT = OutputSpec("canopy_height", unit="m", minimum=0.0, maximum=80.0)
+HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
+
+
+class HeadSettings(BaseModel):
+    """Shape of the DPT head, see `DPTHead`.
+
+    Attributes:
+        channels: width of its pyramid.
+        finest: finest level in units of the patch grid.
+        dropout: share of feature channels silenced in training.
+        bins: number of height bins, or 0 for direct regression.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    channels: int = Field(default=32, ge=2)
+    finest: Literal[1, 2, 4] = 2
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    bins: int = Field(default=0, ge=0)
+
+
+class CanopySettings(BaseModel):
+    """How a canopy-height model is made.
+
+    Attributes:
+        image_scale: images are made this many times larger for the backbone.
+        num_maps: number of blocks whose features are taken, evenly spread over the depth.
+        views: flips and turns of each image that the head is fitted on.
+        predict_views: flips and turns that are averaged in a prediction; each costs one more run.
+        max_window: images larger than this are cut for training, pixels.
+        head: shape of the head.
+        fit: how it is fitted.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image_scale: float = Field(default=1.0, gt=0)
+    num_maps: int = Field(default=4, ge=1)
+    views: Literal[1, 2, 4, 8] = 8
+    predict_views: Literal[1, 2, 4, 8] = 1
+    max_window: int = Field(default=512, ge=1)
+    head: HeadSettings = HeadSettings()
+    fit: FitSettings = FitSettings()
+
+
+@dataclass
+class CanopyModel:
+    """Everything that turns an image into heights.
+
+    Attributes:
+        backbone: frozen.
+        head: in evaluation mode.
+        blocks: numbers of the backbone's blocks that the head reads.
+        image_scale: images are made this many times larger for the backbone.
+        views: flips and turns that are averaged.
+        card: what is known of the model; see `save_canopy_model`.
+    """
+
+    backbone: VisionTransformer
+    head: DPTHead
+    blocks: tuple[int, ...]
+    image_scale: float
+    views: int
+    card: dict[str, Any]
+
+    @property
+    def output(self) -> OutputSpec:
+        """What the numbers mean."""
+        return self.head.output
+
+    def predict(self, numbers: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Heights of each pixel.
+
+        Args:
+            numbers: [B, C, H, W] as the file holds them, on the model's device.
+            valid: [B, H, W] bool, or None if all pixels hold data.
+
+        Returns:
+            [B, 1, H, W] float32 metres, within the output's minimum and maximum; heights where `valid` is
+            false mean nothing.
+
+        Raises:
+            DataError: another number of bands than the backbone takes.
+        """
+        total = sum(self._predict_view(numbers, valid, view) for view in range(self.views))
+        assert isinstance(total, Tensor)
+        return (total / self.views).clamp(self.output.minimum, self.output.maximum)
+
+    def _predict_view(self, numbers: Tensor, valid: Tensor | None, view: int) -> Tensor:
+        image = apply_view(numbers, view)
+        maps = extract_feature_maps(
+            self.backbone,
+            image,
+            None if valid is None else apply_view(valid, view),
+            blocks=self.blocks,
+            image_scale=self.image_scale,
+        )
+        side = pixels_per_patch(self.backbone.patch_size, self.image_scale)
+        covered_hw = (maps[0].shape[-2] * side, maps[0].shape[-1] * side)
+        with torch.no_grad():
+            heights: Tensor = self.head(maps, covered_hw)
+        return undo_view(heights[..., : image.shape[-2], : image.shape[-1]], view)
+
+    def to(self, device: torch.device | str) -> CanopyModel:
+        """Moves backbone and head in place and returns the model."""
+        self.backbone.to(device)
+        self.head.to(device)
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class CanopyFitReport:
+    """What `fit_canopy` did.
+
+    Attributes:
+        folder: of the model.
+        pairs: number of image windows with heights.
+        cells: number of heights.
+        unmatched_images: images without heights.
+        unmatched_heights: height rasters without an image.
+        training_mae_m: mean absolute error on the data that the head was fitted on; no measure of quality.
+        result: of the fit.
+    """
+
+    folder: Path
+    pairs: int
+    cells: int
+    unmatched_images: int
+    unmatched_heights: int
+    training_mae_m: float
+    result: FitResult
+
+
+def fit_canopy(
+    images: Spec,
+    heights: Spec,
+    *,
+    out: Path,
+    backbone: str | Path | None = None,
+    settings: CanopySettings | None = None,
+    overwrite: bool = False,
+    cache: FeatureCache | None = None,
+    scores: Mapping[str, Any] | None = None,
+    command: str = "",
+    progress: StageProgress | None = None,
+) -> CanopyFitReport:
+    """Fits a head on pairs of images and height rasters and saves the model.
+
+    Args:
+        images: folder, glob, file or list of them.
+        heights: likewise; matched to the images by georeference.
+        out: folder of the model.
+        backbone: name or path, or None for the bundled one.
+        settings: how; None for the defaults.
+        overwrite: replace an existing folder.
+        cache: of features, or None to keep none.
+        scores: measured ones to write into the card, each with the command that gives it.
+        command: that was typed, for the card.
+        progress: called with a stage's name, how much is done, and of how much.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UserError: a file, name or number that cannot be used; nothing is written then.
+    """
+    settings = settings or CanopySettings()
+    _check_free(out, overwrite=overwrite)
+    source = DEFAULT_BACKBONE if backbone is None else backbone
+    frozen = load_backbone(source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    match = match_pairs(images, heights, max_size=settings.max_window)
+    blocks = default_blocks(frozen.num_blocks, settings.num_maps)
+    samples = build_samples(
+        match.pairs,
+        frozen.to(device),
+        blocks=blocks,
+        image_scale=settings.image_scale,
+        views=settings.views,
+        cache=cache or FeatureCache(None),
+        progress=progress,
+    )
+    head, result = fit_dpt(samples, settings, device=device, progress=progress)
+    bundled = str(source) if str(source) in BUNDLED else None
+    card = _card(frozen, bundled, blocks, settings, match, samples)
+    card |= {"name": out.name, "scores": dict(scores or {}), "command": command}
+    card["training_mae_m"] = training_mae = round(mean_absolute_error(head, samples), 4)
+    model = CanopyModel(frozen, head, blocks, settings.image_scale, settings.predict_views, card)
+    save_canopy_model(out, model, overwrite=overwrite)
+    return CanopyFitReport(
+        folder=out,
+        pairs=len(match.pairs),
+        cells=card["trained_on"]["cells"],
+        unmatched_images=len(match.unmatched_images),
+        unmatched_heights=len(match.unmatched_heights),
+        training_mae_m=training_mae,
+        result=result,
+    )
+
+
+def fit_dpt(
+    samples: list[FitSample],
+    settings: CanopySettings,
+    *,
+    device: torch.device,
+    progress: StageProgress | None = None,
+) -> tuple[DPTHead, FitResult]:
+    """A new head, fitted on samples.
+
+    Raises:
+        DataError: the samples hold no valid height.
+    """
+    known = [s.views[0].target[s.views[0].valid] for s in samples]
+    heights = torch.cat(known) if known else torch.empty(0)
+    if heights.numel() == 0:
+        raise DataError(
+            f"none of the {len(samples)} height windows holds a valid height; is all of it nodata?"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.fit.seed)
+        head = DPTHead(
+            [m.shape[0] for m in samples[0].views[0].maps],
+            output=CANOPY_HEIGHT,
+            typical=max(float(heights.mean()), 0.1),
+            **settings.head.model_dump(),
+        ).to(device)
+
+    def report(done: int, total: int, loss: float) -> None:
+        if progress is not None:
+            progress(f"head (loss {loss:.2f})", done, total)
+
+    return head, fit_head(head, samples, settings=settings.fit, progress=report)
+
+
+def mean_absolute_error(head: DPTHead, samples: list[FitSample]) -> float:
+    """Mean absolute error over all valid cells of the samples' first view, metres."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for sample in samples:
+            view = sample.views[0]
+            error = (predict_cells(head, [view], sample.factor)[0, 0].cpu() - view.target).abs()
+            total, count = total + float(error[view.valid].sum()), count + int(view.valid.sum())
+    return total / max(count, 1)
+
+
+def save_canopy_model(folder: Path, model: CanopyModel, *, overwrite: bool = False) -> None:
+    """Writes head.safetensors, card.json and, unless the backbone is a bundled one, the backbone.
+
+    The folder appears under its name only when whole.
+
+    Args:
+        folder: to make.
+        model: to write.
+        overwrite: replace an existing folder.
+
+    Raises:
+        RasterError: the folder exists and may not be replaced, or cannot be written.
+    """
+    _check_free(folder, overwrite=overwrite)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        tensors = {n: t.detach().cpu().contiguous() for n, t in model.head.state_dict().items()}
+        write_tensors(staging / HEAD_FILE, tensors)
+        (staging / CARD_FILE).write_text(json.dumps(model.card, indent=2) + "\n", encoding="utf-8")
+        if model.card["backbone"]["bundled"] is None:
+            assert model.backbone.card is not None
+            save_backbone(staging / RUN_EXPORT, model.backbone, model.backbone.card)
+        staging.chmod(0o755)
+        if folder.exists():
+            retired = staging.with_name(staging.name + ".old")
+            os.replace(folder, retired)
+            os.replace(staging, folder)
+            shutil.rmtree(retired)
+        else:
+            os.replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_canopy_model(name_or_folder: str | Path = DEFAULT_MODEL) -> CanopyModel:
+    """A model ready to predict, on the CPU.
+
+    Args:
+        name_or_folder: a bundled name, or a folder that `save_canopy_model` wrote.
+
+    Raises:
+        UnknownNameError: neither a bundled name nor a folder.
+        ConfigError: the card is missing, incomplete, or belongs to other backbone weights.
+        DataError: the weights are damaged or do not fit.
+    """
+    folder = BUNDLED_MODELS.get(str(name_or_folder), Path(name_or_folder))
+    if not folder.is_dir():
+        raise UnknownNameError("canopy model", str(name_or_folder), BUNDLED_MODELS)
+    card = _read_card(folder / CARD_FILE)
+    source = folder / CARD_FILE
+    try:
+        bundled, digest = card["backbone"]["bundled"], card["backbone"]["weights_digest"]
+        settings = CanopySettings.model_validate(card["settings"])
+        blocks = tuple(int(b) for b in card["blocks"])
+        output = OutputSpec(**{**card["output"], "class_names": tuple(card["output"]["class_names"])})
+    except (KeyError, TypeError, ValidationError) as error:
+        raise ConfigError(f"{source} is not a complete head card: {_one_line(error)}") from error
+    backbone = load_backbone(folder if bundled is None else bundled)
+    if weights_digest(backbone) != digest:
+        raise ConfigError(
+            f"{source} belongs to other weights of the backbone {bundled or RUN_EXPORT}; fit it again"
+        )
+    head = DPTHead([backbone.embed_dim] * len(blocks), output=output, **settings.head.model_dump())
+    tensors = read_tensors(folder / HEAD_FILE)
+    try:
+        head.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise DataError(f"{folder / HEAD_FILE} does not fit its card: {_one_line(error)}") from error
+    head.eval().requires_grad_(False)
+    return CanopyModel(backbone, head, blocks, settings.image_scale, settings.predict_views, card)
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); expected a canopy model's card"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); expected a canopy model's card") from error
+    if not isinstance(card, dict) or card.get("format") != CARD_FORMAT:
+        raise ConfigError(f"{path} is not a head card (format {CARD_FORMAT!r} expected)")
+    return card
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _check_free(folder: Path, *, overwrite: bool) -> None:
+    """Says before hours of work what would stop the writing after them."""
+    if folder.exists() and not overwrite:
+        raise RasterError(f"{folder} exists; give another folder or allow overwriting")
+    if folder.exists() and not (folder / CARD_FILE).is_file() and any(folder.iterdir()):
+        raise RasterError(f"{folder} is not a canopy model (no {CARD_FILE}), so it is not overwritten")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RasterError(f"{folder.parent} cannot be made ({error.strerror})") from error
+    if not os.access(folder.parent, os.W_OK):
+        raise RasterError(f"{folder.parent} is not writable")
+
+
+def _card(
+    backbone: VisionTransformer,
+    bundled: str | None,
+    blocks: tuple[int, ...],
+    settings: CanopySettings,
+    match: PairMatch,
+    samples: list[FitSample],
+) -> dict[str, Any]:
+    assert backbone.card is not None
+    digest = weights_digest(backbone)
+    licence = (
+        f"The backbone's weights: {backbone.card.licence}. The head follows the terms of its training data."
+    )
+    return {
+        "format": CARD_FORMAT,
+        "backbone": {"name": backbone.card.name, "bundled": bundled, "weights_digest": digest},
+        "blocks": list(blocks),
+        "output": asdict(CANOPY_HEIGHT),
+        "gsd_m": list(_gsd_range(match.pairs)),
+        "trained_on": {
+            "pairs": len(match.pairs),
+            "images": len({p.image for p in match.pairs}),
+            "cells": sum(int(s.views[0].valid.sum()) for s in samples),
+        },
+        "settings": settings.model_dump(),
+        "licence": licence,
+    }
+
+
+def _gsd_range(pairs: tuple[HeightPair, ...]) -> tuple[float, float]:
+    """Smallest and largest ground sampling distance of the images, metres."""
+    sizes = [p.grid.gsd_m / p.factor for p in pairs]
+    return round(min(sizes), 6), round(max(sizes), 6)

@@ -1,0 +1,118 @@
+"""Image and height pairs become training samples of a head: features of each view, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov3geo.backbones.vit import VisionTransformer
+from dinov3geo.data.pairs import HeightPair, PairArrays, load_pair
+from dinov3geo.features.extract import (
+    FeatureCache,
+    apply_view,
+    extract_feature_maps,
+    feature_key,
+    pixels_per_patch,
+    weights_digest,
+)
+from dinov3geo.heads.fit import FitSample, FitView
+
+StageProgress = Callable[[str, int, int], None]
+
+# Cells whose image pixels mostly hold no data teach nothing.
+MIN_IMAGE_SHARE = 0.5
+
+
+def cell_validity(arrays: PairArrays, factor: int) -> np.ndarray:
+    """Cells with a known height and enough image.
+
+    Args:
+        arrays: of one pair.
+        factor: image pixels per cell.
+
+    Returns:
+        [h, w] bool.
+    """
+    height, width = arrays.heights.shape
+    share = arrays.valid.reshape(height, factor, width, factor).mean(axis=(1, 3))
+    known: np.ndarray = arrays.heights_valid & (share >= MIN_IMAGE_SHARE)
+    return known
+
+
+def build_samples(
+    pairs: Sequence[HeightPair],
+    backbone: VisionTransformer,
+    *,
+    blocks: Sequence[int],
+    image_scale: float,
+    views: int,
+    cache: FeatureCache,
+    progress: StageProgress | None = None,
+) -> list[FitSample]:
+    """Features and heights of each pair in several views.
+
+    Args:
+        pairs: from `find_pairs`.
+        backbone: with a card, on the device to run on.
+        blocks: block numbers whose features are taken.
+        image_scale: see `extract_feature_maps`.
+        views: the first so many of the eight flips and turns.
+        cache: features that are in it are not computed again.
+        progress: called as `progress("features", done, total)`.
+
+    Returns:
+        One sample per pair, features in float16 on the CPU.
+
+    Raises:
+        RasterError, DataError: a file cannot be read or has bands or heights that do not fit.
+    """
+    digest = weights_digest(backbone)
+    side = pixels_per_patch(backbone.patch_size, image_scale)
+    samples = []
+    for done, pair in enumerate(pairs):
+        if progress is not None:
+            progress("features", done, len(pairs))
+        arrays = load_pair(pair)
+        image, valid = torch.from_numpy(arrays.image), torch.from_numpy(arrays.valid)
+        heights = torch.from_numpy(arrays.heights)
+        known = torch.from_numpy(cell_validity(arrays, pair.factor))
+        window = tuple(
+            int(n) for n in (pair.window.col_off, pair.window.row_off, pair.window.width, pair.window.height)
+        )
+        collected = []
+        for view in range(views):
+            key = feature_key(
+                digest, pair.image, window=window, blocks=blocks, view=view, image_scale=image_scale
+            )
+            compute = partial(_maps, backbone, image, valid, view, blocks, image_scale)
+            maps = tuple(cache.get_or_compute(key, compute))
+            covered_hw = (maps[0].shape[-2] * side, maps[0].shape[-1] * side)
+            collected.append(FitView(maps, covered_hw, apply_view(heights, view), apply_view(known, view)))
+        samples.append(FitSample(tuple(collected), pair.factor, pair.group))
+    if progress is not None:
+        progress("features", len(pairs), len(pairs))
+    return samples
+
+
+def _maps(
+    backbone: VisionTransformer,
+    image: Tensor,
+    valid: Tensor,
+    view: int,
+    blocks: Sequence[int],
+    image_scale: float,
+) -> list[Tensor]:
+    """Feature maps [D, h, w] of one view of one image."""
+    device = next(backbone.parameters()).device
+    maps = extract_feature_maps(
+        backbone,
+        apply_view(image, view)[None].to(device),
+        apply_view(valid, view)[None].to(device),
+        blocks=blocks,
+        image_scale=image_scale,
+    )
+    return [m[0] for m in maps]

@@ -1,0 +1,143 @@
+import collections
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dinov3geo.backbones import zoo
+from dinov3geo.backbones.card import BackboneCard, Normalization
+from dinov3geo.backbones.vit import VisionTransformer, VitConfig
+from dinov3geo.backbones.zoo import save_backbone
+from dinov3geo.errors import DataError, RasterError
+from dinov3geo.evaluation.canopy import assign_folds, evaluate_folds, evaluate_model
+from dinov3geo.heads.canopy import CanopySettings, HeadSettings, fit_canopy, load_canopy_model
+from dinov3geo.heads.fit import FitSettings
+
+X, Y = 400_000.0, 3_280_000.0
+SETTINGS = CanopySettings(
+    views=1, num_maps=1, head=HeadSettings(channels=8, finest=1), fit=FitSettings(epochs=2, batch_pixels=4096)
+)
+METHODS = [
+    "mean",
+    "site mean",
+    "gradient boosting",
+    "gradient boosting (absolute error)",
+    "frozen features + DPT",
+]
+
+
+@pytest.fixture
+def backbone_file(tmp_path, monkeypatch):
+    config = VitConfig(24, 2, 2, "mlp", 48, layer_scale=0.5)
+    monkeypatch.setitem(zoo.VARIANTS, "vit_test", config)
+    torch.manual_seed(0)
+    numbers = (1 / 255,) * 3, (0.0,) * 3, (0.4,) * 3, (0.2,) * 3
+    card = BackboneCard("vit-test", "vit_test", 16, Normalization(("red", "green", "blue"), *numbers))
+    path = tmp_path / "backbone" / "vit.safetensors"
+    save_backbone(path, VisionTransformer(config), card)
+    return path
+
+
+@pytest.fixture
+def plots(write_raster):
+    """Six plots of two sites: A is low, B is tall, and brightness says the rest."""
+    for number in range(6):
+        site = "AB"[number % 2]
+        origin = X + 100 * number, Y
+        cells = np.random.default_rng(number).uniform(0, 1, (4, 6))
+        image = np.kron(50 + 100 * cells, np.ones((10, 10)))[None].repeat(3, 0).astype(np.uint8)
+        heights = (cells * 4 + (20 if site == "B" else 1)).astype(np.float32)
+        heights[0, 0] = -9999
+        images = write_raster(f"rgb/{site}_{number}.tif", array=image, origin=origin)
+        chm = write_raster(f"chm/{number}.tif", array=heights, pixel_size=1.0, origin=origin, nodata=-9999)
+    return images.parent, chm.parent
+
+
+def test_every_method_is_scored_on_all_held_out_cells(plots, backbone_file, tmp_path):
+    path = tmp_path / "reports" / "table.json"
+    table = evaluate_folds(
+        *plots, backbone=backbone_file, folds=3, settings=SETTINGS, block=2, json_path=path, command="typed"
+    )
+    assert [r.method for r in table.rows if r.site == "all"] == METHODS
+    for row in table.rows:
+        assert row.scores.count == (6 if row.site == "all" else 3) * 23
+        assert row.scores.mae > 0
+    assert table.row("site mean").scores.mae < 3 < table.row("mean").scores.mae
+    assert table.row("site mean").scores.r2 > 0.9 > table.row("mean").scores.r2
+    assert table.row("mean", "A").scores.bias > 5 and table.row("mean", "B").scores.bias < -5
+    with pytest.raises(KeyError):
+        table.row("oracle")
+    report = json.loads(path.read_text())
+    assert report["command"] == "typed" and report["plots_per_site"] == {"A": 3, "B": 3}
+    assert report["cells"] == 138 and report["folds"] == 3
+    assert report["rows"][0] == {
+        "method": "mean",
+        "site": "all",
+        "count": 138,
+        "block_r2": pytest.approx(table.row("mean").block_r2),
+        "mae": pytest.approx(table.row("mean").scores.mae),
+        "rmse": pytest.approx(table.row("mean").scores.rmse),
+        "bias": pytest.approx(table.row("mean").scores.bias),
+        "r2": pytest.approx(table.row("mean").scores.r2),
+    }
+    last = report["height_bins"]["mean"][-1]
+    assert last["low"] == 40 and last["high"] is None and last["mae"] is None
+    assert [p.name for p in path.parent.iterdir()] == ["table.json"]
+
+
+def test_equal_seeds_give_equal_tables(plots, backbone_file):
+    first, second = (
+        evaluate_folds(*plots, backbone=backbone_file, folds=2, seed=4, settings=SETTINGS).to_json()
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_a_saved_model_is_scored(plots, backbone_file, tmp_path):
+    fit_canopy(*plots, out=tmp_path / "m", backbone=backbone_file, settings=SETTINGS)
+    model = load_canopy_model(tmp_path / "m")
+    table = evaluate_model(*plots, model=model, json_path=tmp_path / "table.json")
+    assert table.row("model").scores.count == 138
+    assert table.row("model").scores.mae == pytest.approx(model.card["training_mae_m"], abs=0.02)
+    assert {r.site for r in table.rows} == {"all", "A", "B"}
+    assert (tmp_path / "table.json").is_file()
+
+
+def test_folds_are_balanced_within_each_site():
+    sites = ["A"] * 11 + ["B"] * 6 + ["C"] * 2
+    groups = [str(i) for i in range(19)]
+    folds = assign_folds(groups, sites, 5, seed=0)
+    for site, size in (("A", 11), ("B", 6), ("C", 2)):
+        counts = collections.Counter(f for f, s in zip(folds, sites, strict=True) if s == site)
+        assert sum(counts.values()) == size and max(counts.values()) <= -(-size // 5)
+    totals = collections.Counter(folds)
+    assert set(totals) == set(range(5)) and max(totals.values()) - min(totals.values()) <= 1
+    assert folds == assign_folds(groups, sites, 5, seed=0) != assign_folds(groups, sites, 5, seed=1)
+
+
+def test_plots_of_one_group_share_a_fold():
+    folds = assign_folds(["a", "b", "a", "c", "b"], ["S"] * 5, 3, seed=0)
+    assert folds[0] == folds[2] and folds[1] == folds[4] and len(set(folds)) == 3
+
+
+@pytest.mark.parametrize("folds", [1, 4])
+def test_impossible_numbers_of_folds_are_refused(folds):
+    with pytest.raises(DataError, match="3 separate plots allow 2 to 3"):
+        assign_folds(["a", "b", "c"], ["S"] * 3, folds, seed=0)
+
+
+def test_a_report_that_cannot_be_written_says_so(plots, backbone_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RasterError, match="cannot be written"):
+        evaluate_folds(
+            *plots, backbone=backbone_file, folds=2, settings=SETTINGS, json_path=tmp_path / "file" / "t.json"
+        )
+
+
+def test_heights_without_any_value_are_refused(plots, backbone_file, write_raster):
+    empty = write_raster(
+        "empty.tif", array=np.full((4, 6), -9999, np.float32), pixel_size=1.0, origin=(X, Y), nodata=-9999
+    )
+    with pytest.raises(DataError, match="all of it nodata"):
+        evaluate_folds(plots[0], empty, backbone=backbone_file, settings=SETTINGS)
