@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from dinov3geo.errors import ConfigError
+from dinov3geo.errors import ConfigError, one_line
 from dinov3geo.training.settings import TrainSettings
 
 type Key = tuple[str | int, ...]
@@ -152,7 +152,7 @@ def _parse_yaml(text: str, source: str, origins: dict[Key, str]) -> Any:  # noqa
         place = source if mark is None else f"{source}:{mark.line + 1}"
         raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {_one_line(str(error))}") from error
+        raise ConfigError(f"{source}: not valid YAML: {one_line(str(error))}") from error
     return None if node is None else _node_value(node, source, (), origins, frozenset())
 
 
@@ -219,7 +219,7 @@ def _describe_errors(error: ValidationError, model_type: type[BaseModel], docume
     """One line for the first error and the number of the others."""
     # A misspelt key often makes another one missing: the misspelling comes first.
     details = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
-    first = _one_line(_describe_error(details[0], model_type, document))
+    first = one_line(_describe_error(details[0], model_type, document))
     others = len(details) - 1
     return first if not others else f"{first} (and {others} more error{'s' if others > 1 else ''})"
 
@@ -295,10 +295,6 @@ def _dotted(key: Key) -> str:
 def _short(value: object, limit: int = 80) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 class PretrainConfig(TrainSettings):

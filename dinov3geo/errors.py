@@ -10,6 +10,11 @@ import difflib
 from collections.abc import Iterable
 
 
+def one_line(text: str) -> str:
+    """The text without line breaks, for a message."""
+    return " ".join(text.split())
+
+
 class UserError(Exception):
     """Something in the input, not in the program: what was expected, what arrived, what to do."""
 

@@ -13,10 +13,10 @@ import rasterio
 import typer.main
 
 from dinov3geo import __version__, cli
+from dinov3geo.backbones.device import resolve_device
 from dinov3geo.commands import console
 from dinov3geo.commands.canopy import plan_outputs
 from dinov3geo.commands.demo import find_demo_scene
-from dinov3geo.commands.options import choose_device
 from dinov3geo.errors import ConfigError, DataError
 
 
@@ -142,14 +142,6 @@ def test_unwritable_folders(tmp_path):
     assert sorted(tmp_path.iterdir()) == [file]
 
 
-def test_results_are_not_mixed_with_older_ones(tmp_path):
-    console.check_empty_or(tmp_path, overwrite=False)
-    (tmp_path / "old").touch()
-    with pytest.raises(ConfigError, match="--overwrite"):
-        console.check_empty_or(tmp_path, overwrite=False)
-    console.check_empty_or(tmp_path, overwrite=True)
-
-
 def test_outputs_of_scenes(tmp_path):
     a, b, other_a = (tmp_path / name for name in ("a.tif", "b.tif", "x/a.tif"))
     out = tmp_path / "out"
@@ -165,10 +157,10 @@ def test_outputs_of_scenes(tmp_path):
 
 
 def test_devices():
-    assert choose_device("cpu").type == "cpu"
-    assert choose_device("auto").type in ("cpu", "cuda")
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type in ("cpu", "cuda")
     with pytest.raises(ConfigError, match="cannot be used here"):
-        choose_device("warp:9")
+        resolve_device("warp:9")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(8.24, "8.2 s"), (185, "3:05"), (7385, "2:03:05")])
@@ -284,7 +276,8 @@ def test_evaluate_by_folds(capsys, tmp_path, pairs, run_folder):
 def test_evaluate_needs_one_way(capsys, pairs):
     words = ["canopy", "evaluate", "--images", pairs[0], "--heights", pairs[1]]
     assert "either --model" in error_of(capsys, *words, "--model", "x", "--folds", 3)
-    assert "--folds" in error_of(capsys, *words, "--backbone", "x")
+    for option in (["--backbone", "x"], ["--seed", 0], ["--cache", "x"], ["--set", "views=1"]):
+        assert "go with --folds" in error_of(capsys, *words, *option)
 
 
 def test_predict_one_scene(capsys, tmp_path, write_raster, model_folder):
@@ -301,6 +294,9 @@ def test_predict_one_scene(capsys, tmp_path, write_raster, model_folder):
     assert sorted(p.name for p in target.parent.iterdir()) == ["heights.png", "heights.tif"]
     assert "exists" in error_of(capsys, *words)
     assert run(capsys, *words, "--overwrite", "--no-preview")[0] == 0
+    target.unlink()
+    assert "heights.png: it exists" in error_of(capsys, *words)
+    assert not target.exists()
 
 
 def test_predict_several_scenes(capsys, tmp_path, write_raster, model_folder):
@@ -312,6 +308,35 @@ def test_predict_several_scenes(capsys, tmp_path, write_raster, model_folder):
     assert code == 0 and out.count("_canopy_height.tif") == 2
     assert sorted(p.name for p in out_folder.iterdir()) == ["a_canopy_height.tif", "b_canopy_height.tif"]
     assert "one picture" in error_of(capsys, *words[:-1], "--overwrite", "--preview", tmp_path / "p.png")
+
+
+def test_a_picture_never_replaces_the_scene(capsys, tmp_path, write_raster, run_folder):
+    scene = write_raster("plot.tif").rename(tmp_path / "plot.png")
+    before = scene.read_bytes()
+    words = ["canopy", "predict", scene, "-o", tmp_path / "plot.tif", "--overwrite"]
+    assert "plot.png: it is one of the scenes" in error_of(capsys, *words)
+    assert "would replace" in error_of(capsys, "show", "heights", scene, "-o", scene)
+    words = ["show", "pca", scene, "-o", scene, "--backbone", run_folder]
+    assert "would replace" in error_of(capsys, *words)
+    assert scene.read_bytes() == before and list(tmp_path.iterdir()) == [scene]
+
+
+def test_all_targets_are_checked_before_any_work(capsys, tmp_path, write_raster, monkeypatch):
+    def fail(*_args, **_options):
+        raise RuntimeError("the model was loaded")
+
+    monkeypatch.setattr("dinov3geo.commands.canopy.load_model", fail)
+    for name in ("a", "b"):
+        write_raster(f"in/{name}.tif")
+    words = ["canopy", "predict", tmp_path / "in", "-o"]
+    for taken in ("b_canopy_height.tif", "b_canopy_height.png"):
+        out = tmp_path / taken.replace(".", "_")
+        out.mkdir()
+        (out / taken).touch()
+        assert f"{taken}: it exists" in error_of(capsys, *words, out)
+        assert [path.name for path in out.iterdir()] == [taken]
+    write_raster("in/a_canopy_height.tif")
+    assert "it is one of the scenes" in error_of(capsys, *words, tmp_path / "in", "--overwrite")
 
 
 @pytest.fixture
@@ -439,6 +464,11 @@ def test_pretrain(capsys, tmp_path, tiny_config, pairs):
     assert str(tmp_path / "run" / "backbone.safetensors") in out
     assert "--resume" in error_of(capsys, *words)
     assert run(capsys, *words, "--resume")[0] == 0
+
+
+def test_pretrain_says_what_a_signal_does(capsys):
+    out = run(capsys, "pretrain", "--help")[1]
+    assert "SIGTERM" in out and "--resume goes on" in " ".join(out.split())
 
 
 def test_pretrain_dry_run(capsys, tmp_path, tiny_config, pairs):

@@ -288,7 +288,8 @@ class VisionTransformer(nn.Module):
         if pad_bottom or pad_right:
             images = F.pad(images, (0, pad_right, 0, pad_bottom), mode="replicate")
         grid = self.patch_embed(images)  # [B, D, h, w]
-        patches = grid.flatten(2).transpose(1, 2)
+        # The residual stream keeps the weights' precision, also under autocast.
+        patches = grid.flatten(2).transpose(1, 2).to(self.cls_token.dtype)
         if patch_masks is not None:
             patches = torch.where(patch_masks[..., None], self.mask_token.to(patches.dtype), patches)
         prefix = torch.cat([self.cls_token, self.register_tokens], dim=1).to(patches.dtype)

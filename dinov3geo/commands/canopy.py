@@ -61,7 +61,7 @@ def fit(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.", show_default=False)],
     backbone: Backbone = None,
     epochs: Epochs = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     changes: Changes = None,
     cache: Cache = None,
     dry_run: Annotated[
@@ -129,7 +129,7 @@ def evaluate(
         typer.Option("--json", metavar="FILE", help="Write the whole report.", show_default=False),
     ] = None,
     epochs: Epochs = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     changes: Changes = None,
     cache: Cache = None,
 ) -> None:
@@ -138,8 +138,12 @@ def evaluate(
 
     if model is not None and folds is not None:
         raise ConfigError("give either --model, to score it, or --folds, to cross-validate a backbone")
-    if folds is None and (backbone or epochs or changes):
-        raise ConfigError("a model is scored as it is; --backbone, --epochs and --set go with --folds")
+    if folds is None and any(
+        option is not None for option in (backbone, epochs, seed, changes or None, cache)
+    ):
+        raise ConfigError(
+            "a model is scored as it is; --backbone, --epochs, --seed, --set and --cache go with --folds"
+        )
     if report_file is not None:
         check_folder(report_file.parent)
     with progress_bar("evaluate") as tell:
@@ -149,7 +153,7 @@ def evaluate(
                 heights,
                 backbone=backbone,
                 folds=folds,
-                seed=seed,
+                seed=seed or 0,
                 settings=read_settings(changes, epochs=epochs, seed=seed),
                 cache=open_cache(cache),
                 json_path=report_file,
@@ -203,14 +207,14 @@ def predict(
     jobs = plan_outputs(find_rasters(scenes), output)
     if preview and len(jobs) > 1:
         raise ConfigError(f"--preview names one picture, but there are {len(jobs)} scenes; leave it out")
-    # A bad scene is found before the first one is worked on.
-    for scene, target in jobs:
+    pictures = [None if no_preview else preview or target.with_suffix(".png") for _, target in jobs]
+    # What is wrong with any scene or output is found before the first one is worked on.
+    for scene, _ in jobs:
         inspect_scene(scene)
-        check_folder(target.parent)
+    check_files(jobs, pictures, overwrite=overwrite)
     heights_model = load_model(model, device)
     reports = []
-    for scene, target in jobs:
-        picture = None if no_preview else preview or target.with_suffix(".png")
+    for (scene, target), picture in zip(jobs, pictures, strict=True):
         with progress_bar(scene.name) as tell:
             report = predict_canopy(
                 scene,
@@ -254,13 +258,40 @@ def plan_outputs(scenes: Sequence[Path], output: Path) -> list[tuple[Path, Path]
     return jobs
 
 
-def read_settings(changes: Sequence[str] | None, *, epochs: int | None, seed: int) -> CanopySettings:
+def check_files(
+    jobs: Sequence[tuple[Path, Path]], pictures: Sequence[Path | None], *, overwrite: bool
+) -> None:
+    """Makes sure that every output and picture can be written and that none takes the place of a scene.
+
+    Args:
+        jobs: scenes with the files to write.
+        pictures: of each job, or None.
+        overwrite: whether existing files may be replaced.
+
+    Raises:
+        RasterError: one cannot be written.
+        ConfigError: one is a scene.
+    """
+    from dinov3geo.paths import check_target
+    from dinov3geo.predict.checks import check_picture
+
+    scenes = {scene.resolve() for scene, _ in jobs}
+    for (scene, target), picture in zip(jobs, pictures, strict=True):
+        for file in (target, picture):
+            if file is not None and file.resolve() in scenes:
+                raise ConfigError(f"cannot write {file}: it is one of the scenes; choose another name")
+        check_target(target, sources=(scene,), overwrite=overwrite)
+        if picture is not None:
+            check_picture(picture, sources=(scene, target), overwrite=overwrite)
+
+
+def read_settings(changes: Sequence[str] | None, *, epochs: int | None, seed: int | None) -> CanopySettings:
     """The settings of a fit.
 
     Args:
         changes: `"key=value"` each; they win over the other arguments.
         epochs: passes over the data, or None for the default.
-        seed: of everything random.
+        seed: of everything random, or None for the default.
 
     Raises:
         ConfigError: an unknown key or a value that does not fit.
@@ -268,7 +299,8 @@ def read_settings(changes: Sequence[str] | None, *, epochs: int | None, seed: in
     from dinov3geo.config import load_model as load_settings
     from dinov3geo.heads.canopy import CanopySettings
 
-    shortcuts = [f"fit.seed={seed}"] + ([] if epochs is None else [f"fit.epochs={epochs}"])
+    given = {"fit.seed": seed, "fit.epochs": epochs}
+    shortcuts = [f"{key}={value}" for key, value in given.items() if value is not None]
     return load_settings(CanopySettings, None, [*shortcuts, *(changes or [])])
 
 

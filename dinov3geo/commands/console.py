@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from dinov3geo.errors import ConfigError
+from dinov3geo.errors import ConfigError, one_line
+from dinov3geo.paths import folder_obstacle
 
 SECONDS_BETWEEN_LINES = 30.0
 """Where stderr is no terminal, progress is a line from time to time."""
@@ -146,33 +145,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def one_line(text: str) -> str:
-    """The text without line breaks."""
-    return " ".join(text.split())
-
-
 def check_folder(folder: Path) -> None:
     """Makes sure, before any work, that files can be written into a folder that may not exist yet.
 
     Raises:
         ConfigError: they cannot.
     """
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"cannot write into {folder}: {existing} is a file, expected a folder")
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ConfigError(f"cannot write into {folder}: {os.strerror(error.errno or 0)}") from error
-
-
-def check_empty_or(folder: Path, *, overwrite: bool) -> None:
-    """Refuses to mix new results with old ones.
-
-    Raises:
-        ConfigError: the folder cannot be written, or holds files and `overwrite` is false.
-    """
-    check_folder(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ConfigError(f"{folder} is not empty; use --overwrite or name another folder")
+    obstacle = folder_obstacle(folder)
+    if obstacle is not None:
+        raise ConfigError(f"cannot write into {folder}: {obstacle}")

@@ -17,7 +17,7 @@ Backbone = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of everything random.", show_default="0")]
 Tile = Annotated[int, typer.Option(min=1, help="Side of the square read at a time, pixels.")]
 Overlap = Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share and blend.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Tiles per forward pass.")]

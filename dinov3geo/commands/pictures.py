@@ -131,7 +131,8 @@ def show_heights(
     from dinov3geo.predict.checks import check_picture
     from dinov3geo.predict.preview import write_preview
 
-    check_picture(output)
+    sources = [heights] if scene is None else [heights, scene]
+    check_picture(output, sources=sources, overwrite=True)
     write_preview(scene, heights, output)
     print_pairs([("picture", str(output))])
 

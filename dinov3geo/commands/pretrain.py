@@ -34,7 +34,11 @@ def pretrain(
         typer.Option("--dry-run", help="Print configuration, data, model, memory and steps; train nothing."),
     ] = False,
 ) -> None:
-    """Pretrain a backbone on scenes or images without labels."""
+    """Pretrain a backbone on scenes or images without labels.
+
+    Ctrl-C (status 130) and SIGTERM, the signal of a scheduler that needs the machine (status 0), both save
+    the state first; --resume goes on from there.
+    """
     from dinov3geo.config import dump_model, load_config
 
     checked = load_config(config, settings or [])
@@ -43,7 +47,7 @@ def pretrain(
         from dinov3geo.training.describe import describe
 
         print(dump_model(checked))
-        print_pairs([*describe(checked), ("output folder", str(folder))])
+        print_pairs([*describe(checked, folder, resume=resume), ("output folder", str(folder))])
         return
     check_folder(folder)
     from dinov3geo.training import trainer

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import geopandas as gpd
 import numpy as np
@@ -32,34 +34,45 @@ _METRES_PER_DEGREE = 111_320.0
 
 
 class ReaderPool:
-    """Open readers of the files used last.
+    """Open readers of the files used last; all pools of a process share one limit, `MAX_OPEN_SCENES`.
 
-    A forked or pickled copy starts empty: GDAL's handles cannot travel.
+    A forked or pickled copy starts empty: GDAL's handles cannot travel. Not for use by several threads.
     """
 
-    def __init__(self, open_reader: Callable[[Path], SceneReader], capacity: int = MAX_OPEN_SCENES) -> None:
-        """Keeps up to `capacity` readers that `open_reader` makes; it must be picklable."""
+    _pools: ClassVar[weakref.WeakSet[ReaderPool]] = weakref.WeakSet()
+    _clock: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(self, open_reader: Callable[[Path], SceneReader]) -> None:
+        """Keeps readers that `open_reader` makes; it must be picklable."""
         self._open_reader = open_reader
-        self._capacity = capacity
-        self._readers: OrderedDict[Path, SceneReader] = OrderedDict()
+        # With the time of their last use, the one used longest ago first.
+        self._readers: OrderedDict[Path, tuple[int, SceneReader]] = OrderedDict()
         self._process = os.getpid()
+        self._pools.add(self)
 
     def get(self, path: Path) -> SceneReader:
         """The open reader of a file."""
         if self._process != os.getpid():
             self._readers = OrderedDict()
             self._process = os.getpid()
-        reader = self._readers.pop(path, None)
-        if reader is None:
+        if path in self._readers:
+            _, reader = self._readers.pop(path)
+        else:
             reader = self._open_reader(path)
-            while len(self._readers) >= self._capacity:
-                self._readers.popitem(last=False)[1].close()
-        self._readers[path] = reader
+            while sum(len(pool._readers) for pool in self._pools) >= MAX_OPEN_SCENES:
+                self._close_oldest()
+        self._readers[path] = next(self._clock), reader
         return reader
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the readers."""
-        return {**self.__dict__, "_readers": OrderedDict()}
+    def _close_oldest(self) -> None:
+        """Closes the reader that was used longest ago by any pool."""
+        used = [pool._readers for pool in self._pools if pool._readers]
+        oldest = min(used, key=lambda readers: next(iter(readers.values()))[0])
+        oldest.popitem(last=False)[1][1].close()
+
+    def __reduce__(self) -> tuple[type[ReaderPool], tuple[Callable[[Path], SceneReader]]]:
+        """A new pool that opens files in the same way."""
+        return ReaderPool, (self._open_reader,)
 
 
 class SceneCatalog:
@@ -112,6 +125,15 @@ def build_index(
     infos: Sequence[SceneInfo], dates: Sequence[tuple[datetime, datetime]], crs: CRS
 ) -> gpd.GeoDataFrame:
     """A torchgeo index (columns filepath and geometry, IntervalIndex datetime) of scenes in any CRS."""
+    intervals = pd.IntervalIndex.from_tuples(list(dates), closed="both", name="datetime")
+    paths = [str(info.path) for info in infos]
+    return gpd.GeoDataFrame(
+        {"filepath": paths}, index=intervals, geometry=footprints(infos, crs), crs=to_pyproj(crs)
+    )
+
+
+def footprints(infos: Sequence[SceneInfo], crs: CRS) -> list[Any]:
+    """The polygon of each scene in one CRS."""
     target = to_pyproj(crs)
     geometries: list[Any] = [None] * len(infos)
     by_crs: dict[CRS, list[int]] = {}
@@ -125,9 +147,7 @@ def build_index(
             boxes = boxes.segmentize(longest / 8).to_crs(target)
         for row, geometry in zip(rows, boxes, strict=True):
             geometries[row] = geometry
-    intervals = pd.IntervalIndex.from_tuples(list(dates), closed="both", name="datetime")
-    paths = [str(info.path) for info in infos]
-    return gpd.GeoDataFrame({"filepath": paths}, index=intervals, geometry=geometries, crs=target)
+    return geometries
 
 
 def common_resolution(infos: Sequence[SceneInfo], crs: CRS, allow_mixed: bool) -> tuple[float, float]:
@@ -142,8 +162,9 @@ def common_resolution(infos: Sequence[SceneInfo], crs: CRS, allow_mixed: bool) -
             if not same_resolution(size, sizes[0]):
                 raise DataError(
                     f"pixel sizes differ: {infos[0].path} has {_pretty(sizes[0])}, {info.path} has "
-                    f"{_pretty(size)}; resample one, choose a resolution with res=..., or pass "
-                    "allow_mixed_resolution=True to read each scene in its own pixels"
+                    f"{_pretty(size)}; resample one, choose a resolution with res=..., or read each scene in "
+                    "its own pixels with allow_mixed_resolution=True (in a configuration mixed_resolution: "
+                    "true of its entry in data.sources)"
                 )
     return sizes[0]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinov3geo.backbones.card import Normalization
 from dinov3geo.data.masking import MaskSettings, batch_masks
+from dinov3geo.data.ranges import PositiveRange, Probability, ShareRange
 
 _BLUR_KERNEL = (9, 9)
 _BLUR_SIGMA = (0.1, 2.0)
@@ -31,14 +32,16 @@ class PhotometrySettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    jitter_probability: float = Field(0.8, ge=0, le=1)
+    jitter_probability: Probability = 0.8
     brightness: float = Field(0.4, ge=0, lt=1, description="factor drawn from 1 +- this")
     contrast: float = Field(0.4, ge=0, lt=1)
     saturation: float = Field(0.2, ge=0, lt=1, description="distance of the bands from their mean")
     hue: float = Field(0.1, ge=0, le=0.5, description="turns of the colour circle; three bands only")
-    grayscale_probability: float = Field(0.2, ge=0, le=1)
-    blur_probability: tuple[float, float, float] = (0.0, 0.9, 0.5)
-    solarize_probability: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    grayscale_probability: Probability = 0.2
+    blur_probability: tuple[Probability, Probability, Probability] = (0.0, 0.9, 0.5)
+    solarize_probability: tuple[Probability, Probability, Probability] = Field(
+        (0.0, 0.2, 0.0), description="red, green and blue only, as is hue"
+    )
 
 
 class CropSettings(BaseModel):
@@ -47,13 +50,13 @@ class CropSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     global_size: int = Field(224, gt=0)
-    global_scale: tuple[float, float] = (0.32, 1.0)
+    global_scale: ShareRange = (0.32, 1.0)
     local_size: int = Field(96, gt=0)
-    local_scale: tuple[float, float] = (0.05, 0.32)
+    local_scale: ShareRange = (0.05, 0.32)
     local_count: int = Field(8, ge=0)
     gram_size: int | None = Field(None, gt=0, description="side of the gram teacher's crops")
     gram_distortions: bool = Field(False, description="the gram teacher sees the colour distortions too")
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    aspect: PositiveRange = (3 / 4, 4 / 3)
     flips: bool = Field(True, description="horizontal flips, and vertical ones for nadir images")
     turns: bool = Field(True, description="right-angle turns; for nadir images only")
     photometry: PhotometrySettings = PhotometrySettings()
@@ -134,14 +137,41 @@ def cut(chips: Tensor, boxes: Tensor, symmetries: Tensor, size: int) -> Tensor:
     return F.avg_pool2d(crops, density) if density > 1 else crops
 
 
-def distort(images: Tensor, settings: PhotometrySettings, view: int, *, generator: torch.Generator) -> Tensor:
+def _cut_with_data(layers: Tensor, boxes: Tensor, symmetries: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """`cut`, but a crop without one valid pixel shows its whole chip instead.
+
+    A blank crop would be a member of Sinkhorn-Knopp, DINO and KoLeo that says nothing of the ground.
+
+    Args:
+        layers: [B, C + 1, S, S], the last layer is the valid share.
+        boxes: [B, 4].
+        symmetries: [B, 2, 2].
+        size: of the output.
+
+    Returns:
+        Crops [B, C + 1, size, size] and the boxes used.
+    """
+    crops = cut(layers, boxes, symmetries, size)
+    blank = crops[:, -1].amax((1, 2)) <= _VALID_SHARE
+    if not bool(blank.any()):
+        return crops, boxes
+    chosen = blank.cpu()
+    boxes = torch.where(chosen[:, None], torch.tensor([0.5, 0.5, 1.0, 1.0]), boxes)
+    whole = cut(layers[blank], boxes[chosen], symmetries[chosen], size)
+    return _replace(crops, blank, whole), boxes
+
+
+def distort(
+    images: Tensor, settings: PhotometrySettings, view: int, *, generator: torch.Generator, rgb: bool
+) -> Tensor:
     """Random colour distortions.
 
     Args:
-        images: [B, C, H, W] in physical units, about [0, 1].
+        images: [B, C, H, W] in physical units, which need not lie in [0, 1].
         settings: probabilities and ranges.
         view: 0 first global, 1 second global, 2 local: chooses blur and solarize probabilities.
         generator: on the CPU, so that every device draws the same.
+        rgb: the bands are red, green and blue in [0, 1], for which hue and solarize have a meaning.
 
     Returns:
         As images.
@@ -154,31 +184,33 @@ def distort(images: Tensor, settings: PhotometrySettings, view: int, *, generato
         torch.where(jitter, 1 + (2 * draw - 1) * span, 1.0).to(images)
         for draw, span in zip(draws, ranges, strict=False)
     )
-    images = kornia.enhance.adjust_brightness_accumulative(images, brightness)
-    images = kornia.enhance.adjust_contrast_with_mean_subtraction(images, contrast)
+    # kornia's own brightness and contrast clamp to [0, 1]: decibels or kelvins would become constants.
+    images = images * brightness[:, None, None, None]
+    mean = _grey(images, rgb=rgb).mean((2, 3), keepdim=True)
+    images = mean + (images - mean) * contrast[:, None, None, None]
     if bands > 1:
-        grey = _grey(images)
+        grey = _grey(images, rgb=rgb)
         images = grey + (images - grey) * saturation[:, None, None, None]
-    if bands == 3 and settings.hue > 0 and bool(jitter.any()):
+    if rgb and settings.hue > 0 and bool(jitter.any()):
         shift = ((2 * draws[3] - 1) * settings.hue * 2 * math.pi)[jitter].to(images)
         images = _replace(images, jitter, kornia.enhance.adjust_hue(images[jitter].clamp(0, 1), shift))
     chance_grey, chance_blur, chance_solarize, sigma = torch.rand(4, batch, generator=generator)
     chosen = chance_grey < settings.grayscale_probability
     if bands > 1 and bool(chosen.any()):
-        images = _replace(images, chosen, _grey(images[chosen]).expand(-1, bands, -1, -1))
+        images = _replace(images, chosen, _grey(images[chosen], rgb=rgb).expand(-1, bands, -1, -1))
     chosen = chance_blur < settings.blur_probability[view]
     if bool(chosen.any()):
         width = (_BLUR_SIGMA[0] + (_BLUR_SIGMA[1] - _BLUR_SIGMA[0]) * sigma)[chosen].to(images)
         blurred = kornia.filters.gaussian_blur2d(images[chosen], _BLUR_KERNEL, width[:, None].expand(-1, 2))
         images = _replace(images, chosen, blurred)
     chosen = chance_solarize < settings.solarize_probability[view]
-    if bool(chosen.any()):
+    if rgb and bool(chosen.any()):
         images = _replace(images, chosen, kornia.enhance.solarize(images[chosen].clamp(0, 1), 0.5))
     return images
 
 
-def _grey(images: Tensor) -> Tensor:
-    if images.shape[1] == 3:
+def _grey(images: Tensor, *, rgb: bool) -> Tensor:
+    if rgb:
         return kornia.color.rgb_to_grayscale(images)
     return images.mean(1, keepdim=True)
 
@@ -224,6 +256,7 @@ class CropMaker:
         self.normalization = normalization
         self.patch_size = patch_size
         self.nadir = nadir
+        self.rgb = normalization.bands == ("red", "green", "blue")
 
     def __call__(self, numbers: Tensor, valid: Tensor, *, seed: int) -> CropBatch:
         """Makes the crops of one batch.
@@ -242,7 +275,7 @@ class CropMaker:
         views, valids, gram = [], [], []
         for view in range(2):
             boxes, symmetries = self._geometry(len(chips), self.settings.global_scale, generator)
-            cropped = cut(layers, boxes, symmetries, self.settings.global_size)
+            cropped, boxes = _cut_with_data(layers, boxes, symmetries, self.settings.global_size)
             views.append(self._finish(cropped, view, generator))
             valids.append(cropped[:, -1] > _VALID_SHARE)
             if self.settings.gram_size is not None:
@@ -281,7 +314,7 @@ class CropMaker:
         return torch.where(valid_share[:, None] > _VALID_SHARE, (images - mean) / std, 0.0)
 
     def _finish(self, layers: Tensor, view: int, generator: torch.Generator) -> Tensor:
-        images = distort(layers[:, :-1], self.settings.photometry, view, generator=generator)
+        images = distort(layers[:, :-1], self.settings.photometry, view, generator=generator, rgb=self.rgb)
         return self._normalize(images, layers[:, -1])
 
     def _gram(
@@ -304,7 +337,7 @@ class CropMaker:
             return layers.new_zeros(0, len(layers), layers.shape[1] - 1, size, size)
         boxes, symmetries = self._geometry(count * len(layers), self.settings.local_scale, generator)
         crops = [
-            cut(layers, box, symmetry, size)
+            _cut_with_data(layers, box, symmetry, size)[0]
             for box, symmetry in zip(boxes.chunk(count), symmetries.chunk(count), strict=True)
         ]
         finished: Tensor = self._finish(torch.cat(crops), 2, generator).unflatten(0, (count, len(layers)))

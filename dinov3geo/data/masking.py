@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from dinov3geo.data.ranges import Probability, ShareRange
+
 _TRIES = 10
 _SMALLEST_BLOCK = 4
 _ASPECT_RANGE = (0.3, 1 / 0.3)
@@ -18,8 +20,8 @@ class MaskSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    probability: float = Field(0.5, ge=0, le=1, description="share of the global crops that get a mask")
-    ratio: tuple[float, float] = Field((0.1, 0.5), description="smallest and largest masked share of a crop")
+    probability: Probability = Field(0.5, description="share of the global crops that get a mask")
+    ratio: ShareRange = Field((0.1, 0.5), description="smallest and largest masked share of a crop")
 
 
 def masked_counts(num_images: int, num_patches: int, settings: MaskSettings) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,12 +14,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dinov3geo.data.image_folder import ImageFolder
+from dinov3geo.data.ranges import Probability
 from dinov3geo.data.sampling import ChipSampler, IndexSampler
 from dinov3geo.data.scenes import SceneDataset
-from dinov3geo.errors import DataError
-from dinov3geo.rasters.sensors import get_sensor
+from dinov3geo.errors import ConfigError, DataError, UserError
+from dinov3geo.rasters.sensors import Sensor, get_sensor
 
 _CHOICES_AT_ONCE = 4096
+# Chips of scenes drawn for one that is used, where nodata is frequent; an image is always used.
+_KEYS_PER_SCENE_CHIP = 4
+# Keeps the choice of sources apart from the samplers' own randomness.
+_MIXING = 1
 
 
 class SourceSettings(BaseModel):
@@ -31,6 +36,7 @@ class SourceSettings(BaseModel):
     kind: Literal["scenes", "images"] = Field("scenes", description="GeoTIFFs, or JPEG and PNG files")
     sensor: str | None = Field(None, description="where the bands lie in these files; data.sensor if absent")
     weight: float = Field(1.0, gt=0, description="share of the chips, relative to the other sources")
+    mixed_resolution: bool = Field(False, description="read files of different pixel size, each in its own")
 
 
 class DataSettings(BaseModel):
@@ -43,6 +49,9 @@ class DataSettings(BaseModel):
     sensor: str = Field("aerial_rgb", description="bands, scale and statistics of the network's input")
     bands: tuple[str, ...] | None = Field(None, description="band names; all bands of the sensor if absent")
     chip_size: int = Field(256, gt=0, description="side of the square read from a scene, in pixels")
+    min_valid_share: Probability = Field(
+        0.5, description="chips of scenes with less data are drawn again, up to three times"
+    )
     workers: int = Field(1, ge=0, description="processes that read chips; 0 reads in the training process")
 
 
@@ -51,42 +60,67 @@ class _Stream(Protocol):
         """Keys from a position on."""
 
 
-class MixedChips(Dataset[dict[str, Tensor]]):
-    """Several data sets under one address (source number, key)."""
+class MixedChips(Dataset["dict[str, Tensor] | UserError"]):
+    """Several data sets under one address (source number, keys)."""
 
-    def __init__(self, datasets: Sequence[Any]) -> None:
+    def __init__(self, datasets: Sequence[Any], *, min_valid_share: float) -> None:
         """Keeps the data sets; their items hold `image` [C, S, S] and `valid` [S, S]."""
         self.datasets = list(datasets)
+        self.min_valid_share = min_valid_share
 
-    def __getitem__(self, address: tuple[int, Any]) -> dict[str, Tensor]:
-        """One chip with its valid mask."""
-        source, key = address
-        sample = self.datasets[source][key]
-        return {"image": sample["image"], "valid": sample["valid"]}
+    def __getitem__(self, address: tuple[int, Sequence[Any]]) -> dict[str, Tensor] | UserError:
+        """The first chip of an address with enough valid pixels, else the one with most.
+
+        What a user can mend is returned, not raised: out of a reading process an exception arrives as the
+        text of a traceback.
+        """
+        source, keys = address
+        best: dict[str, Tensor] = {}
+        share = -1.0
+        try:
+            for key in keys:
+                sample = self.datasets[source][key]
+                own_share = float(sample["valid"].float().mean())
+                if own_share > share:
+                    share, best = own_share, {"image": sample["image"], "valid": sample["valid"]}
+                if share >= self.min_valid_share:
+                    break
+        except UserError as error:
+            return DataError(str(error))
+        return best
 
 
-class MixedSampler(Sampler[tuple[int, Any]]):
-    """Draws the source of every chip by weight, then the next key of that source.
+class MixedSampler(Sampler[tuple[int, tuple[Any, ...]]]):
+    """Draws the source of every chip by weight, then the next keys of that source.
 
     The sequence depends on seed and rank alone, so a run that stops after n chips goes on with
     `start=n` exactly as if it had not stopped.
     """
 
     def __init__(
-        self, samplers: Sequence[_Stream], weights: Sequence[float], *, seed: int, rank: int, start: int
+        self,
+        samplers: Sequence[_Stream],
+        weights: Sequence[float],
+        *,
+        keys_per_chip: Sequence[int],
+        seed: int,
+        rank: int,
+        start: int,
     ) -> None:
         """Keeps the streams.
 
         Args:
             samplers: one per source.
             weights: relative shares.
+            keys_per_chip: of each source; further keys serve where the first shows too little data.
             seed: of the choice of sources.
             rank: of this process.
             start: chips that this rank has already consumed.
         """
         self.samplers = list(samplers)
         self.shares = np.asarray(weights, dtype=np.float64) / sum(weights)
-        self.seed = (seed, rank)
+        self.keys_per_chip = tuple(keys_per_chip)
+        self.seed = (seed, rank, _MIXING)
         self.start = start
 
     def _choices(self) -> Iterator[int]:
@@ -94,15 +128,18 @@ class MixedSampler(Sampler[tuple[int, Any]]):
         while True:
             yield from rng.choice(len(self.shares), size=_CHOICES_AT_ONCE, p=self.shares).tolist()
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
+    def __iter__(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
         """Endless addresses for `MixedChips`."""
         choices = self._choices()
         consumed = [0] * len(self.samplers)
         for _ in range(self.start):
             consumed[next(choices)] += 1
-        streams = [sampler.stream(count) for sampler, count in zip(self.samplers, consumed, strict=True)]
+        streams = [
+            sampler.stream(count * keys)
+            for sampler, count, keys in zip(self.samplers, consumed, self.keys_per_chip, strict=True)
+        ]
         for source in choices:
-            yield source, next(streams[source])
+            yield source, tuple(next(streams[source]) for _ in range(self.keys_per_chip[source]))
 
 
 def open_sources(settings: DataSettings) -> list[SceneDataset | ImageFolder]:
@@ -110,6 +147,7 @@ def open_sources(settings: DataSettings) -> list[SceneDataset | ImageFolder]:
 
     Raises:
         DataError: nothing found, or the bands differ.
+        ConfigError: a source's numbers have another scale than the network's input.
         UnknownNameError: no such sensor or band.
     """
     datasets: list[SceneDataset | ImageFolder] = []
@@ -119,8 +157,29 @@ def open_sources(settings: DataSettings) -> list[SceneDataset | ImageFolder]:
             datasets.append(ImageFolder(path, chip_size=settings.chip_size))
         else:
             sensor = get_sensor(source.sensor or settings.sensor)
-            datasets.append(SceneDataset(path, sensor=sensor, bands=network_bands(settings)))
+            _check_scale(sensor, settings)
+            datasets.append(
+                SceneDataset(
+                    path,
+                    sensor=sensor,
+                    bands=network_bands(settings),
+                    allow_mixed_resolution=source.mixed_resolution,
+                )
+            )
     return datasets
+
+
+def _check_scale(sensor: Sensor, settings: DataSettings) -> None:
+    """One normalisation serves the whole run, so all sources must store their numbers alike."""
+    wanted = get_sensor(settings.sensor).select(settings.bands)
+    own = sensor.select(network_bands(settings))
+    for one, other in zip(wanted, own, strict=True):
+        if (one.scale, one.offset) != (other.scale, other.offset):
+            raise ConfigError(
+                f"band {one.name} of sensor {sensor.name!r} has scale {other.scale:g} and offset "
+                f"{other.offset:g}, but data.sensor {settings.sensor!r} has {one.scale:g} and "
+                f"{one.offset:g}; train on sources of one scale, or convert the files first"
+            )
 
 
 def network_bands(settings: DataSettings) -> tuple[str, ...]:
@@ -137,7 +196,7 @@ def chip_loader(
     start: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader[dict[str, Tensor]]:
+) -> Iterator[dict[str, Tensor]]:
     """Endless batches `{"image": [B, C, S, S], "valid": [B, S, S]}`.
 
     Args:
@@ -148,10 +207,14 @@ def chip_loader(
         start: chips that this rank has already consumed.
         rank: of this process.
         world_size: number of processes; their chips are disjoint positions of one sequence.
+
+    Raises:
+        DataError: while iterating, a file that cannot be used.
     """
     samplers: list[_Stream] = []
     for number, dataset in enumerate(datasets):
-        shard = {"seed": seed + number, "rank": rank, "world_size": world_size}
+        own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        shard = {"seed": own_seed, "rank": rank, "world_size": world_size}
         if isinstance(dataset, ImageFolder):
             samplers.append(IndexSampler(dataset, **shard))
         else:
@@ -159,21 +222,37 @@ def chip_loader(
                 ChipSampler(dataset, chip_size=settings.chip_size, chips_per_epoch=_CHOICES_AT_ONCE, **shard)
             )
     weights = [source.weight for source in settings.sources]
-    return DataLoader(
-        MixedChips(datasets),
+    keys = [1 if isinstance(dataset, ImageFolder) else _KEYS_PER_SCENE_CHIP for dataset in datasets]
+    loader: DataLoader[Any] = DataLoader(
+        MixedChips(datasets, min_valid_share=settings.min_valid_share),
         batch_size=batch_size,
-        sampler=MixedSampler(samplers, weights, seed=seed, rank=rank, start=start),
+        sampler=MixedSampler(samplers, weights, keys_per_chip=keys, seed=seed, rank=rank, start=start),
         num_workers=settings.workers,
+        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=settings.workers > 0,
         worker_init_fn=_leave_signals_to_the_trainer,
     )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _collate(samples: list[dict[str, Tensor] | UserError]) -> dict[str, Tensor] | UserError:
+    """Stacks the samples, or hands on the first error among them."""
+    stacked: dict[str, list[Tensor]] = {}
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        for name, tensor in sample.items():
+            stacked.setdefault(name, []).append(tensor)
+    return {name: torch.stack(tensors) for name, tensors in stacked.items()}
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """A scheduler signals the whole process group; readers must live until the trainer has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """A signal to the process group must not end the readers before the trainer has saved."""
+    os.setpgid(0, 0)
 
 
 def check_bands(datasets: Sequence[SceneDataset | ImageFolder], settings: DataSettings) -> None:

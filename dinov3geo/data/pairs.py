@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError, RasterioError
 from rasterio.windows import Window
 
+from dinov3geo.data.catalog import EQUAL_AREA, footprints
 from dinov3geo.errors import DataError, GeoreferenceError
 from dinov3geo.rasters.grid import PixelGrid
 from dinov3geo.rasters.reader import SceneInfo, SceneReader, find_rasters, inspect_scene, read_on_grid
@@ -192,7 +193,7 @@ def _bounds_in(grid: PixelGrid, crs: CRS) -> Bounds | None:
 
 
 def _overlap_groups(images: list[SceneInfo]) -> list[str]:
-    """A name per image, shared by images that overlap (in one CRS) directly or through others."""
+    """A name per image, shared by images that overlap, in whatever CRS, directly or through others."""
     roots = list(range(len(images)))
 
     def root(index: int) -> int:
@@ -200,15 +201,33 @@ def _overlap_groups(images: list[SceneInfo]) -> list[str]:
             index = roots[index]
         return index
 
-    tree = shapely.STRtree([shapely.box(*info.grid.bounds) for info in images])
-    for index, info in enumerate(images):
-        shape = shapely.box(*info.grid.bounds)
-        for other in tree.query(shape, predicate="intersects").tolist():
-            same_crs = images[other].grid.crs == info.grid.crs
-            # Neighbours that only touch share an edge, not ground.
-            if other > index and same_crs and shape.intersection(tree.geometries[other]).area > 0:
-                roots[max(root(index), root(other))] = min(root(index), root(other))
+    for one, other in _overlapping_images(images):
+        roots[max(root(one), root(other))] = min(root(one), root(other))
     return [str(images[root(index)].path) for index in range(len(images))]
+
+
+def _overlapping_images(images: list[SceneInfo]) -> Iterator[tuple[int, int]]:
+    """Pairs of images with common ground, exactly in a common CRS, else in an equal-area plane."""
+    by_crs: dict[CRS, list[int]] = {}
+    for index, info in enumerate(images):
+        by_crs.setdefault(info.grid.crs, []).append(index)
+    for members in by_crs.values():
+        for one, other in _overlapping([shapely.box(*images[i].grid.bounds) for i in members]):
+            yield members[one], members[other]
+    if len(by_crs) > 1:
+        # Neighbours that only touch may overlap a little here; within one CRS that has been settled.
+        for one, other in _overlapping(footprints(images, EQUAL_AREA)):
+            if images[one].grid.crs != images[other].grid.crs:
+                yield one, other
+
+
+def _overlapping(shapes: list[Any]) -> Iterator[tuple[int, int]]:
+    """Pairs of shapes, the lower index first, that share an area and not only an edge."""
+    tree = shapely.STRtree(shapes)
+    for index, shape in enumerate(shapes):
+        for other in tree.query(shape, predicate="intersects").tolist():
+            if other > index and shape.intersection(shapes[other]).area > 0:
+                yield index, other
 
 
 def _pair_windows(image: SceneInfo, heights: SceneInfo, group: str, max_size: int) -> list[HeightPair]:
@@ -224,10 +243,10 @@ def _pair_windows(image: SceneInfo, heights: SceneInfo, group: str, max_size: in
     if bounds is None:
         return []
     inverse = ~grid.transform
-    cols, rows = zip(*(inverse * (x, y) for x in bounds[::2] for y in bounds[1::2]), strict=True)
+    cols, rows = zip(*(inverse @ (x, y) for x in bounds[::2] for y in bounds[1::2]), strict=True)
     corner_xy = heights.grid.transform @ (0, 0)
     shared = _shares_lattice(grid, heights.grid, factor)
-    origin_col, origin_row = inverse * corner_xy if shared else (0.0, 0.0)
+    origin_col, origin_row = inverse @ corner_xy if shared else (0.0, 0.0)
     col_chips = _chips(min(cols), max(cols), grid.width, factor, max_size, phase=origin_col)
     row_chips = _chips(min(rows), max(rows), grid.height, factor, max_size, phase=origin_row)
     windows = [Window(col, row, width, height) for row, height in row_chips for col, width in col_chips]

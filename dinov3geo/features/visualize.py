@@ -37,10 +37,6 @@ class PcaBasis:
         """Features [..., D] to components [..., k] in the features' unit."""
         return np.asarray((features - self.mean) @ self.components.T, dtype=np.float32)
 
-    def apply(self, features: Floats) -> Floats:
-        """Features [..., D] to [..., k] between 0 and 1."""
-        return self.scale(self.project(features))
-
     def scale(self, projected: Floats) -> Floats:
         """Components [..., k] to [..., k] between 0 and 1."""
         return np.clip((projected - self.low) / (self.high - self.low), 0, 1)
@@ -86,23 +82,6 @@ def fit_pca(features: Floats, *, components: int = 3) -> PcaBasis:
     )
 
 
-def pca_to_rgb(features: Floats, basis: PcaBasis | None = None) -> Floats:
-    """First three principal components as red, green and blue.
-
-    Args:
-        features: [..., D].
-        basis: of three components, or None to fit one on these features.
-
-    Returns:
-        [..., 3] between 0 and 1.
-
-    Raises:
-        DataError: see `fit_pca`.
-    """
-    fitted = fit_pca(features.reshape(-1, features.shape[-1])) if basis is None else basis
-    return fitted.apply(features)
-
-
 def cosine_similarity_map(patches: Floats, query: Floats) -> Floats:
     """Cosine similarity of every patch to one feature.
 
@@ -114,40 +93,6 @@ def cosine_similarity_map(patches: Floats, query: Floats) -> Floats:
         [...], -1 to 1; 0 where a feature has no length.
     """
     return np.asarray(_unit(patches) @ _unit(query), dtype=np.float32)
-
-
-def nearest_patches(
-    patches: Floats, queries: Floats, *, count: int, chunk: int = 65536
-) -> tuple[NDArray[np.int64], Floats]:
-    """The most similar patches to each query by cosine, exactly, in bounded memory.
-
-    Args:
-        patches: [N, D].
-        queries: [Q, D].
-        count: k, neighbours per query.
-        chunk: patches compared at a time.
-
-    Returns:
-        Indices [Q, k] into `patches` and similarities [Q, k], the most similar first.
-
-    Raises:
-        DataError: fewer than k patches.
-    """
-    if not 1 <= count <= len(patches):
-        raise DataError(f"neighbours must be 1 to {len(patches)} (the number of patches), got {count}")
-    directions = _unit(queries)
-    best_index = np.empty((len(queries), 0), dtype=np.int64)
-    best_value = np.empty((len(queries), 0), dtype=np.float32)
-    for start in range(0, len(patches), chunk):
-        values = directions @ _unit(patches[start : start + chunk]).T
-        indices = np.broadcast_to(np.arange(start, start + values.shape[1]), values.shape)
-        value = np.concatenate([best_value, values], axis=1)
-        index = np.concatenate([best_index, indices], axis=1)
-        # Stable, so that among equals the lower index wins whatever the chunk size.
-        order = np.argsort(-value, axis=1, kind="stable")[:, :count]
-        best_value = np.take_along_axis(value, order, axis=1)
-        best_index = np.take_along_axis(index, order, axis=1)
-    return best_index, best_value
 
 
 def _unit(features: Floats) -> Floats:

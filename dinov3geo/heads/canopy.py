@@ -273,6 +273,7 @@ def fit_dpt(
             typical=max(float(heights.mean()), 0.1),
             **settings.head.model_dump(),
         ).to(device)
+    head.fit_statistics([s.views[0].maps for s in samples])
 
     def report(done: int, total: int, loss: float) -> None:
         if progress is not None:

@@ -13,6 +13,32 @@ from dinov3geo.errors import ConfigError
 from dinov3geo.heads.base import Head, OutputSpec
 
 
+class Standardize(nn.Module):
+    """Brings each feature channel to mean 0 and deviation 1. [B, D, h, w] -> the same.
+
+    Normed tokens of a small backbone share a large constant part; without it a head learns many times faster.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, dim: int) -> None:
+        """Begins as the identity."""
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("deviation", torch.ones(dim))
+
+    def fit(self, maps: Sequence[Tensor]) -> None:
+        """Takes the statistics of training features, each [D, h, w]."""
+        tokens = torch.cat([m.flatten(1) for m in maps], dim=1).to(self.mean.device, torch.float32)
+        self.mean.copy_(tokens.mean(1))
+        self.deviation.copy_(tokens.std(1, correction=0).clamp(min=1e-4))
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """See the class."""
+        return (feature_map - self.mean[:, None, None]) / self.deviation[:, None, None]
+
+
 class Reassemble(nn.Module):
     """One level of the pyramid: [B, D, h, w] -> [B, C, s * h, s * w], s a power of two."""
 
@@ -152,6 +178,7 @@ class DPTHead(Head):
             raise ConfigError("height bins need an output maximum")
         self.output = output
         self.drop = nn.Dropout2d(dropout)
+        self.standards = nn.ModuleList(Standardize(dim) for dim in dims)
         self.levels = nn.ModuleList(
             Reassemble(dim, channels, scale=finest / 2**i) for i, dim in enumerate(dims)
         )
@@ -177,6 +204,16 @@ class DPTHead(Head):
             nn.init.normal_(self.score.weight, std=0.01)
             nn.init.constant_(self.score.bias, typical + math.log(-math.expm1(-typical)))
 
+    def fit_statistics(self, maps: Sequence[Sequence[Tensor]]) -> None:
+        """Takes mean and deviation of each feature channel.
+
+        Args:
+            maps: for each training sample one [D, h, w] per block.
+        """
+        for standard, block_maps in zip(self.standards, zip(*maps, strict=True), strict=True):
+            assert isinstance(standard, Standardize)
+            standard.fit(block_maps)
+
     def forward(self, feature_maps: list[Tensor], size_hw: tuple[int, int]) -> Tensor:
         """Predicts a map.
 
@@ -187,7 +224,8 @@ class DPTHead(Head):
         Returns:
             [B, 1, H, W], not negative, in `output.unit`.
         """
-        levels = [level(self.drop(m)) for level, m in zip(self.levels, feature_maps, strict=True)]
+        steps = zip(self.standards, self.levels, feature_maps, strict=True)
+        levels = [level(self.drop(standard(m))) for standard, level, m in steps]
         fused: Tensor | None = None
         for fusion, level in zip(reversed(self.fusions), reversed(levels), strict=True):
             fused = fusion(level, fused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,13 +41,15 @@ def gram_loss(
             anchor_patches.flatten(0, 1)[None],
         )
         valid = None if valid is None else valid.flatten()[None]
-    student = F.normalize(student_patches.float(), dim=-1)
-    anchor = F.normalize(anchor_patches.float(), dim=-1)
-    difference = student @ student.mT - anchor @ anchor.mT  # [B, N, N]
-    if valid is None:
-        return difference.square().mean()
-    pairs = (valid[:, :, None] & valid[:, None, :]).to(difference.dtype)
-    return (difference.square() * pairs).sum() / pairs.sum().clamp_min(1)
+    # Autocast would take the products back to bfloat16, whose rounding exceeds the differences.
+    with torch.autocast(student_patches.device.type, enabled=False):
+        student = F.normalize(student_patches.float(), dim=-1)
+        anchor = F.normalize(anchor_patches.float(), dim=-1)
+        difference = student @ student.mT - anchor @ anchor.mT  # [B, N, N]
+        if valid is None:
+            return difference.square().mean()
+        pairs = (valid[:, :, None] & valid[:, None, :]).to(difference.dtype)
+        return (difference.square() * pairs).sum() / pairs.sum().clamp_min(1)
 
 
 def resize_features(patches: Tensor, grid_hw: tuple[int, int], target_hw: tuple[int, int]) -> Tensor:

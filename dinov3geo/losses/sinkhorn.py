@@ -17,7 +17,7 @@ def sinkhorn_knopp(
     """Teacher targets in which every prototype is used equally over the batch.
 
     Starting from Q = exp(logits / temperature), each iteration makes all prototypes' sums equal, then
-    all samples' sums. The maximum of the batch is subtracted first; the result does not depend on it.
+    all samples' sums. It runs on logarithms: a sample far below the largest logit keeps its target.
 
     Args:
         logits: [N, K], any float dtype.
@@ -30,18 +30,22 @@ def sinkhorn_knopp(
 
     Source: Caron et al. 2020 (SwAV), listing 1; Siméoni et al. 2025 (DINOv3) uses 3 iterations.
     """
-    scaled = logits.float() / temperature
-    if scaled.shape[0] == 0 and group is None:
-        return scaled
-    peak = scaled.max() if scaled.numel() else scaled.new_full((), -torch.inf)
-    if group is not None:
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-    assignment = (scaled - peak).exp_()  # [N, K]
+    log_assignment = logits.float() / temperature  # [N, K]
     for _ in range(iterations):
-        prototype_sums = assignment.sum(0)
-        if group is not None:
-            dist.all_reduce(prototype_sums, group=group)
-        # A prototype that no sample reaches keeps its zeros instead of becoming 0 / 0.
-        assignment /= prototype_sums.clamp_min(torch.finfo(torch.float32).tiny)
-        assignment /= assignment.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return assignment
+        log_assignment = log_assignment - _log_prototype_sums(log_assignment, group)
+        log_assignment = log_assignment - log_assignment.logsumexp(1, keepdim=True)
+    return log_assignment.exp()
+
+
+def _log_prototype_sums(log_assignment: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Logarithm of each prototype's sum over the samples of all processes, [K]."""
+    if group is None:
+        # Without samples there is nothing to subtract from.
+        return log_assignment.logsumexp(0) if len(log_assignment) else log_assignment.new_zeros(())
+    lowest = torch.finfo(torch.float32).min
+    peak = log_assignment.amax(0) if len(log_assignment) else log_assignment.new_full((), lowest)
+    peak = peak.expand(log_assignment.shape[1]).clone()
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+    sums = (log_assignment - peak).exp().sum(0)
+    dist.all_reduce(sums, group=group)
+    return peak + sums.log()

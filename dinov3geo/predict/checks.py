@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from rasterio.windows import Window
 from dinov3geo.backbones.card import Normalization
 from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.errors import DataError, RasterError
+from dinov3geo.paths import check_target
+from dinov3geo.rasters.bands import described_bands, find_bands, order_contradicts_colours
 from dinov3geo.rasters.reader import SceneReader
 
 GSD_FACTOR = 2.0
@@ -51,8 +52,8 @@ class ModelInput:
 def choose_bands(scene: Path, wanted: ModelInput) -> tuple[tuple[int, ...], list[str]]:
     """Finds the bands of a scene that a model needs.
 
-    Bands are taken by their names (descriptions) where the file has all of them, else in the file's order;
-    alpha is not counted.
+    Bands are taken by their names (descriptions), else by their colour interpretation, else in the file's
+    order; alpha is not counted.
 
     Args:
         scene: raster file.
@@ -63,21 +64,23 @@ def choose_bands(scene: Path, wanted: ModelInput) -> tuple[tuple[int, ...], list
 
     Raises:
         RasterError, GeoreferenceError: the scene cannot be opened or used.
-        DataError: too few bands.
+        DataError: too few bands, or named ones among which one is missing.
     """
     with SceneReader(scene) as reader:
-        available, names = reader.bands, [name.lower() for name in reader.info.band_names]
+        available, info = reader.bands, reader.info
     bands = wanted.normalization.bands
-    if all(name.lower() in names for name in bands):
-        return tuple(names.index(name.lower()) + 1 for name in bands), []
+    found = find_bands(info, bands)
+    if found is not None:
+        return found, []
+    needs = f"model {wanted.name!r} needs {len(bands)}: {', '.join(bands)}"
+    described = described_bands(info, bands)
+    if any(described):
+        listed = ", ".join(name or "unnamed" for name in described)
+        raise DataError(f"scene {scene} names its bands {listed}; {needs}; name or reorder the bands")
     if len(available) < len(bands):
-        plural = "s" * (len(available) != 1)
-        raise DataError(
-            f"scene {scene} has {len(available)} band{plural}; model {wanted.name!r} needs {len(bands)}: "
-            f"{', '.join(bands)}"
-        )
+        raise DataError(f"scene {scene} has {len(available)} band{'s' * (len(available) != 1)}; {needs}")
     chosen = available[: len(bands)]
-    if len(available) == len(bands):
+    if len(available) == len(bands) and not order_contradicts_colours(info, bands, chosen):
         return chosen, []
     listed = ", ".join(str(index) for index in chosen)
     return chosen, [
@@ -132,32 +135,20 @@ def gsd_warnings(scene: Path, gsd_m: float, wanted: ModelInput) -> list[str]:
     ]
 
 
-def check_output(output: Path, scene: Path) -> None:
-    """Refuses to write over the scene itself.
-
-    Raises:
-        RasterError: output and scene are one file.
-    """
-    if output.exists() and output.samefile(scene):
-        raise RasterError(f"cannot write {output}: it is the scene itself; choose another name")
-
-
-def check_picture(png: Path) -> None:
+def check_picture(png: Path, *, sources: Iterable[Path], overwrite: bool) -> None:
     """Checks that a picture can be written.
 
+    Args:
+        png: picture to write.
+        sources: files that it is drawn from.
+        overwrite: whether an existing picture may be replaced.
+
     Raises:
-        RasterError: the name does not end in .png, or its folder is missing or not writable.
+        RasterError: the name does not end in .png, or see `check_target`.
     """
     if png.suffix.lower() != ".png":
         raise RasterError(f"cannot write {png}: pictures are PNG files, expected a name that ends in .png")
-    if png.is_dir():
-        raise RasterError(f"cannot write {png}: it is a folder, expected a file name")
-    folder = next(parent for parent in (png.absolute().parent, *png.absolute().parents) if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise RasterError(f"cannot write {png}: {os.strerror(error.errno or 0)}") from error
+    check_target(png, sources=sources, overwrite=overwrite)
 
 
 def _sample_numbers(reader: SceneReader) -> np.ndarray[tuple[int], np.dtype[np.generic]]:

@@ -58,7 +58,7 @@ def show_pca(
         DataError: too few bands, numbers of another scale, NaN, no valid pixel, too small for a PCA.
     """
     scene, png = Path(scene), Path(png)
-    check_picture(png)
+    check_picture(png, sources=(scene,), overwrite=True)
     with _open_scene(scene, backbone) as reader:
         grid = reader.info.grid
         stride, plan, features = _prepare(grid, backbone, image_scale)
@@ -96,7 +96,7 @@ def show_similarity(
         DataError: also a point outside the scene or on pixels without data.
     """
     scene, png = Path(scene), Path(png)
-    check_picture(png)
+    check_picture(png, sources=(scene,), overwrite=True)
     with _open_scene(scene, backbone) as reader:
         grid = reader.info.grid
         stride, plan, features = _prepare(grid, backbone, image_scale)

@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
-from rasterio.enums import ColorInterp, Resampling
+from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
-from rasterio.io import DatasetReader
 
 from dinov3geo.errors import DataError, GeoreferenceError, RasterError
+from dinov3geo.rasters.bands import RGB, find_bands
 from dinov3geo.rasters.grid import PixelGrid
-from dinov3geo.rasters.reader import inspect_scene
+from dinov3geo.rasters.reader import SceneInfo, inspect_scene
 
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -121,7 +121,7 @@ def read_overview(
     shape_hw = tuple(max(1, round(length / factor)) for length in info.grid.shape_hw)
     try:
         with rasterio.open(path) as dataset:
-            chosen = list(bands or _colour_bands(dataset))
+            chosen = list(bands or _colour_bands(info))
             shape = (len(chosen), *shape_hw)
             values = dataset.read(chosen, out_shape=shape, resampling=Resampling.average)
             # White or black in one band is no hole, so a pixel counts if any of its bands does.
@@ -266,17 +266,12 @@ def round_down(value: float) -> float:
     return float(max(step * power for step in (1, 2, 5) if step * power <= value * (1 + 1e-9)))
 
 
-def _colour_bands(dataset: DatasetReader) -> tuple[int, ...]:
-    """Red, green and blue by name or interpretation, else the first three, else the first."""
-    for labels in (
-        [(text or "").lower() for text in dataset.descriptions],
-        [meaning.name for meaning in dataset.colorinterp],
-    ):
-        if {"red", "green", "blue"} <= set(labels):
-            return tuple(labels.index(colour) + 1 for colour in ("red", "green", "blue"))
-    data = [
-        index for index, meaning in enumerate(dataset.colorinterp, start=1) if meaning != ColorInterp.alpha
-    ]
+def _colour_bands(info: SceneInfo) -> tuple[int, ...]:
+    """Red, green and blue as the file names them, else the first three, else the first."""
+    found = find_bands(info, RGB)
+    if found is not None:
+        return found
+    data = [index for index, meaning in enumerate(info.colours, start=1) if meaning != "alpha"]
     return tuple(data[:3]) if len(data) >= 3 else (1,)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from rasterio.env import get_gdal_config, set_gdal_config
 
 from dinov3geo import __version__
 from dinov3geo.backbones.vit import VisionTransformer
@@ -17,10 +16,10 @@ from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.features.extract import pixels_per_patch
 from dinov3geo.features.visualize import fit_pca
 from dinov3geo.heads.canopy import CanopyModel
+from dinov3geo.paths import check_target
 from dinov3geo.predict.checks import (
     ModelInput,
     check_numbers,
-    check_output,
     check_picture,
     choose_bands,
     gsd_warnings,
@@ -28,12 +27,15 @@ from dinov3geo.predict.checks import (
 from dinov3geo.predict.preview import write_preview
 from dinov3geo.predict.runners import canopy_runner, feature_runner, pca_runner, sample_features
 from dinov3geo.predict.stream import Array, Floats, Mask, RunTiles, stream_rows
-from dinov3geo.rasters.geotiff import GeoTiffWriter
+from dinov3geo.rasters.geotiff import GeoTiffWriter, block_cache
 from dinov3geo.rasters.grid import PixelGrid, TilePlan
 from dinov3geo.rasters.reader import SceneReader
 
 Progress = Callable[[int, int], None]
 """Called with tiles done and tiles in all."""
+
+MAX_BANDS = 512
+"""Of a file of features; a block of a GeoTIFF holds all bands, and whoever reads it holds some blocks."""
 
 # Two rows of blocks, read and written, of a scene 30,000 pixels wide.
 _CACHE_BYTES = 256 * 2**20
@@ -119,14 +121,14 @@ def predict_canopy(
         tile: side of a tile in pixels.
         overlap: pixels that neighbouring tiles share and are blended over.
         batch_size: tiles per forward pass.
-        overwrite: whether an existing output may be replaced.
+        overwrite: whether an existing output or preview may be replaced.
         preview: PNG to write beside it, or None.
         progress: told about tiles done.
         command: written into the file's tags.
         model_name: likewise, and named in messages; "" for the name in the model's card, or its backbone's.
 
     Raises:
-        RasterError: the scene cannot be read, or the output or preview not written.
+        RasterError: the scene cannot be read, or the output or preview not written or there already.
         GeoreferenceError: the scene has no usable position.
         DataError: too few bands, numbers of another scale, NaN, or no valid pixel at all.
         ConfigError: tile, overlap or batch size make no sense.
@@ -135,9 +137,10 @@ def predict_canopy(
     scene, output = Path(scene), Path(output)
     png = None if preview is None else Path(preview)
     if png is not None:
-        check_picture(png)
+        check_picture(png, sources=(scene, output), overwrite=overwrite)
     wanted = _canopy_input(model, model_name)
-    with _prepared(scene, output, wanted, tile, overlap, batch_size) as job:
+    check_target(output, sources=(scene,), overwrite=overwrite)
+    with _prepared(scene, wanted, tile, overlap, batch_size) as job:
         runner = _CountingRunner(canopy_runner(model), len(job.plan), progress)
         spec = model.output
         with GeoTiffWriter(
@@ -204,13 +207,21 @@ def predict_features(
         command: written into the file's tags.
 
     Raises:
-        RasterError, GeoreferenceError, DataError, ConfigError: as `predict_canopy`.
+        RasterError, GeoreferenceError, DataError: as `predict_canopy`.
+        ConfigError: likewise, or more than 512 bands.
     """
     began = time.perf_counter()
     scene, output = Path(scene), Path(output)
     wanted = ModelInput.of_backbone(backbone)
     stride = pixels_per_patch(backbone.patch_size, image_scale)
-    with _prepared(scene, output, wanted, tile, overlap, batch_size, stride=stride) as job:
+    dimensions = backbone.embed_dim if pca is None else pca
+    if dimensions > MAX_BANDS:
+        raise ConfigError(
+            f"{dimensions} bands are too many for a GeoTIFF, expected at most {MAX_BANDS}; keep the first K "
+            "principal components (--pca K)"
+        )
+    check_target(output, sources=(scene,), overwrite=overwrite)
+    with _prepared(scene, wanted, tile, overlap, batch_size, stride=stride) as job:
         features = feature_runner(backbone, image_scale=image_scale)
         names = tuple(f"feature {number}" for number in range(backbone.embed_dim))
         explained: tuple[float, ...] = ()
@@ -266,7 +277,6 @@ class _Job:
 @contextmanager
 def _prepared(
     scene: Path,
-    output: Path,
     wanted: ModelInput,
     tile: int,
     overlap: int,
@@ -280,24 +290,12 @@ def _prepared(
     if tile < stride:
         raise ConfigError(f"tile must be at least one patch of {stride} pixels, got {tile}")
     bands, warnings = choose_bands(scene, wanted)
-    check_output(output, scene)
-    with _bounded_block_cache(), SceneReader(scene, bands=bands) as reader:
+    with block_cache(_CACHE_BYTES), SceneReader(scene, bands=bands) as reader:
         grid = reader.info.grid
         check_numbers(reader, wanted)
         warnings += gsd_warnings(scene, grid.gsd_m, wanted)
         plan = grid.tiles(tile // stride * stride, overlap // stride * stride, stride)
         yield _Job(reader, plan, stride, tuple(warnings))
-
-
-@contextmanager
-def _bounded_block_cache() -> Iterator[None]:
-    """Caps GDAL's block cache, by default 5 % of the machine's memory, which long scenes would fill."""
-    before = get_gdal_config("GDAL_CACHEMAX")
-    set_gdal_config("GDAL_CACHEMAX", min(before, _CACHE_BYTES))
-    try:
-        yield
-    finally:
-        set_gdal_config("GDAL_CACHEMAX", before)
 
 
 class _CountingRunner:

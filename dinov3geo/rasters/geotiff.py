@@ -21,12 +21,14 @@ from rasterio.io import DatasetWriter
 from rasterio.windows import Window
 
 from dinov3geo.errors import DataError, RasterError
+from dinov3geo.paths import check_free
 from dinov3geo.rasters.grid import PixelGrid
 
 Overviews = Literal["average", "mode", "nearest"]
 
-_BLOCK = 512
-# GDAL's default block cache is 5 % of the machine's memory; a copy needs no more than some rows of blocks.
+# Blocks hold all bands side by side: one of 192 bands of float32 takes 12 MiB.
+_BLOCK, _BLOCK_OF_MANY_BANDS, _FEW_BANDS = 512, 128, 4
+# A copy needs no more than some rows of blocks.
 _CACHE_BYTES = 128 * 2**20
 
 
@@ -34,8 +36,8 @@ class GeoTiffWriter:
     """Writes a raster window by window; a context manager.
 
     Windows go to an uncompressed tiled GeoTIFF in a hidden folder beside the output. When the block ends
-    without an error it is copied to a COG (DEFLATE, 512-pixel blocks, overviews), which then takes the
-    output's name; after an error nothing is left.
+    without an error it is copied to a COG (DEFLATE, overviews, blocks of 512 pixels or, beyond 4 bands, 128),
+    which then takes the output's name; after an error nothing is left.
 
     Rasters whose rows run northwards keep their grid (see `write`).
     """
@@ -86,7 +88,8 @@ class GeoTiffWriter:
             raise DataError(f"{path}: {len(self._names)} band names for {count} bands, expected one per band")
         if nodata is not None and not _fits(nodata, self.dtype):
             raise DataError(f"{path}: nodata {nodata} does not fit numbers of type {self.dtype}")
-        self._check_free()
+        self._block = _BLOCK if count <= _FEW_BANDS else _BLOCK_OF_MANY_BANDS
+        check_free(self.path, overwrite=overwrite)
         self._dataset: DatasetWriter | None = None
         self._folder: Path | None = None
         self._made_folders: list[Path] = []
@@ -163,9 +166,9 @@ class GeoTiffWriter:
             "dtype": self.dtype.name,
             "nodata": self._nodata,
             "tiled": True,
-            "blockxsize": _BLOCK,
-            "blockysize": _BLOCK,
-            "interleave": "pixel" if self.count <= 4 else "band",
+            "blockxsize": self._block,
+            "blockysize": self._block,
+            "interleave": "pixel" if self.count <= _FEW_BANDS else "band",
             "bigtiff": "IF_SAFER",
         }
 
@@ -181,30 +184,22 @@ class GeoTiffWriter:
         assert self._dataset is not None and self._folder is not None
         self._dataset.close()
         final = self._folder / self.path.name
-        with _small_block_cache():
+        with block_cache(_CACHE_BYTES):
             rasterio.shutil.copy(
                 self._folder / "windows.tif",
                 final,
                 driver="COG",
                 COMPRESS="DEFLATE",
                 PREDICTOR="YES",
-                BLOCKSIZE=str(_BLOCK),
+                BLOCKSIZE=str(self._block),
                 OVERVIEWS="AUTO",
                 OVERVIEW_RESAMPLING=self._overviews.upper(),
                 BIGTIFF="IF_SAFER",
                 NUM_THREADS="ALL_CPUS",
             )
-        self._check_free()
+        check_free(self.path, overwrite=self._overwrite)
         os.replace(final, self.path)
         shutil.rmtree(self._folder)
-
-    def _check_free(self) -> None:
-        if self.path.is_dir():
-            raise RasterError(f"cannot write {self.path}: it is a folder, expected a file name")
-        if self.path.exists() and not self._overwrite:
-            raise RasterError(
-                f"cannot write {self.path}: it exists already; choose another name or overwrite it"
-            )
 
     def _make_folders(self) -> None:
         """Makes the output's missing folders and remembers them, to take them away after an error."""
@@ -272,10 +267,13 @@ def _errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _small_block_cache() -> Iterator[None]:
-    """Caps GDAL's block cache meanwhile; `rasterio.Env` would set it but not set it back."""
+def block_cache(limit_bytes: int) -> Iterator[None]:
+    """Caps GDAL's block cache meanwhile; long scenes would fill it, by default 5 % of the machine's memory.
+
+    `rasterio.Env` would set the cap but not set it back.
+    """
     before = get_gdal_config("GDAL_CACHEMAX")
-    set_gdal_config("GDAL_CACHEMAX", min(before, _CACHE_BYTES))
+    set_gdal_config("GDAL_CACHEMAX", min(before, limit_bytes))
     try:
         yield
     finally:

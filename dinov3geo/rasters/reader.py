@@ -51,6 +51,7 @@ class SceneInfo:
         dtype: numpy name of the first band's numbers.
         nodata: declared number per band, None where there is none.
         band_names: descriptions per band, "" where there is none.
+        colours: colour interpretation per band, e.g. "red", "gray", "alpha", "undefined".
     """
 
     path: Path
@@ -59,6 +60,7 @@ class SceneInfo:
     dtype: str
     nodata: tuple[float | None, ...]
     band_names: tuple[str, ...]
+    colours: tuple[str, ...]
 
 
 def find_rasters(spec: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -448,6 +450,7 @@ def _info(path: Path, dataset: DatasetReader) -> SceneInfo:
         dtype=dataset.dtypes[0],
         nodata=tuple(dataset.nodatavals),
         band_names=tuple(text or "" for text in dataset.descriptions),
+        colours=tuple(meaning.name for meaning in dataset.colorinterp),
     )
 
 

@@ -24,12 +24,13 @@ from dinov3geo.training.ssl import SelfSupervisedRecipe
 
 FOLDER = "checkpoints"
 _PREFIX = "step_"
+_STATE = "state.json"
 _UNFINISHED = ".unfinished-"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    return sorted((run / FOLDER).glob(f"{_PREFIX}*"))
+    return sorted(state.parent for state in (run / FOLDER).glob(f"{_PREFIX}*/{_STATE}"))
 
 
 def locate_checkpoint(path: Path) -> Path:
@@ -38,7 +39,7 @@ def locate_checkpoint(path: Path) -> Path:
     Raises:
         DataError: there is none.
     """
-    if (path / "state.json").is_file():
+    if (path / _STATE).is_file():
         return path
     found = list_checkpoints(path)
     if not found:
@@ -67,16 +68,22 @@ def save_checkpoint(
         The checkpoint's folder.
     """
     final = run / FOLDER / f"{_PREFIX}{state['step']:08d}"
+    if (final / _STATE).is_file():
+        return final  # equal steps of one run are equal bits
     unfinished = run / FOLDER / f"{_UNFINISHED}{final.name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     write_tensors(unfinished / "model.safetensors", _on_cpu(recipe.state_dict()))
     write_tensors(unfinished / "optimizer.safetensors", _on_cpu(optimizer_tensors(optimizer)))
-    (unfinished / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    if final.exists():
-        shutil.rmtree(final)
+    with (unfinished / _STATE).open("w", encoding="utf-8") as opened:
+        opened.write(json.dumps(state, indent=1) + "\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+    shutil.rmtree(final, ignore_errors=True)  # what an interrupted deletion left
     # The rename is the moment at which the checkpoint exists.
     os.rename(unfinished, final)
     for old in list_checkpoints(run)[:-keep]:
+        # The file that makes a folder a checkpoint goes first.
+        (old / _STATE).unlink()
         shutil.rmtree(old)
     return final
 
@@ -87,7 +94,7 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     return state
 
 

@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from dinov3geo.backbones.device import resolve_device
-from dinov3geo.backbones.zoo import build_backbone
+from dinov3geo.backbones.zoo import VARIANTS, build_backbone
 from dinov3geo.data.image_folder import ImageFolder
-from dinov3geo.data.mixture import network_bands, open_sources
+from dinov3geo.data.mixture import check_bands, network_bands, open_sources
+from dinov3geo.training.checkpoint import locate_checkpoint
 from dinov3geo.training.projection import ProjectionHead
 from dinov3geo.training.settings import TrainSettings
+from dinov3geo.training.trainer import build_crop_maker, check_out, load_anchor
 
 # Saved per token, block and channel for the backward pass: two norms, q, k, v, attention output and
 # projection, four times the width before and after GELU, two scaled branches.
 _SAVED_PER_CHANNEL = 2 + 3 + 2 + 8 + 2
 
 
-def describe(settings: TrainSettings) -> list[tuple[str, str]]:
+def describe(
+    settings: TrainSettings, out: Path | None = None, *, resume: bool = False
+) -> list[tuple[str, str]]:
     """Lines of a dry run: data found, model size, memory estimate, steps.
+
+    Args:
+        settings: of the run.
+        out: its folder, or None to leave it unchecked.
+        resume: whether the run would go on from a checkpoint in `out`.
 
     Raises:
         UserError: anything that would stop the run before its first step.
     """
     device = resolve_device(settings.device)
     lines = [("device", str(device)), ("precision", settings.precision)]
-    for source, dataset in zip(settings.data.sources, open_sources(settings.data), strict=True):
+    if out is not None:
+        check_out(out, resume=resume)
+    if settings.start_from is not None:
+        locate_checkpoint(settings.start_from)
+    build_crop_maker(settings)
+    datasets = open_sources(settings.data)
+    check_bands(datasets, settings.data)
+    with torch.device("meta"):
+        student = build_backbone(
+            settings.model.variant,
+            in_channels=len(network_bands(settings.data)),
+            patch_size=settings.model.patch_size,
+        )
+    load_anchor(settings, student)
+    for source, dataset in zip(settings.data.sources, datasets, strict=True):
         noun = "images" if isinstance(dataset, ImageFolder) else "scenes"
         lines.append((f"data {source.path}", f"{len(dataset):,} {noun}"))
     lines.append(("bands", ", ".join(network_bands(settings.data))))
@@ -67,7 +92,8 @@ def _size(module: torch.nn.Module) -> int:
 
 def tokens_per_image(settings: TrainSettings) -> int:
     """Tokens that the student processes for one image: two global crops and the local ones."""
-    crops, patch, prefix = settings.crops, settings.model.patch_size, 5
+    crops, patch = settings.crops, settings.model.patch_size
+    prefix = 1 + VARIANTS[settings.model.variant].num_registers
     per_global = (crops.global_size // patch) ** 2 + prefix
     per_local = (crops.local_size // patch) ** 2 + prefix
     return 2 * per_global + crops.local_count * per_local

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,12 +16,15 @@ _BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
 _FIRST_LAYER = ("cls_token", "register_tokens", "mask_token", "patch_embed")
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSettings(BaseModel):
     """AdamW and its groups."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     clip_norm: float | None = Field(3.0, gt=0, description="largest gradient norm of each module")
     layer_decay: float = Field(0.9, gt=0, le=1, description="learning-rate factor per block from the top")
     patch_embed_factor: float = Field(0.2, gt=0, description="extra learning-rate factor of the stem")
@@ -119,6 +123,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             optimizer.state[parameter] = {
-                key: tensors[f"{key}:{name}"].to(parameter.device if key != "step" else "cpu").clone()
+                key: tensors[f"{key}:{name}"].to(parameter.device).clone()
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }

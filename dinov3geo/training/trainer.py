@@ -31,7 +31,7 @@ from dinov3geo.training.settings import TrainSettings
 from dinov3geo.training.ssl import SelfSupervisedRecipe
 
 METRICS_FILE = "metrics.jsonl"
-# Keys that may change between the sittings of one run without changing its result.
+# Keys that may change between the sittings of one run. Device and threads change its bits, not its recipe.
 _FREE_ON_RESUME = ("log_every", "checkpoints", "export", "data.workers", "data.root", "device", "threads")
 # Streams of randomness must not meet: crops, and the networks' own draws (dropped paths, RoPE scale).
 _SEED_CROPS, _SEED_NETWORK = 1, 2
@@ -76,6 +76,24 @@ def run_normalization(settings: TrainSettings) -> Normalization:
     )
 
 
+def build_crop_maker(settings: TrainSettings) -> CropMaker:
+    """What turns the run's chips into crops.
+
+    Raises:
+        ConfigError: a crop size does not fit the patch size.
+    """
+    try:
+        return CropMaker(
+            settings.crops,
+            settings.masks,
+            run_normalization(settings),
+            patch_size=settings.model.patch_size,
+            nadir=get_sensor(settings.data.sensor).nadir,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def build_recipe(settings: TrainSettings) -> SelfSupervisedRecipe:
     """Student, teacher and anchor with the run's initial weights.
 
@@ -91,11 +109,16 @@ def build_recipe(settings: TrainSettings) -> SelfSupervisedRecipe:
         drop_path=settings.model.drop_path,
         layer_scale=settings.model.layer_scale,
     )
-    anchor = _load_anchor(settings, backbone)
+    anchor = load_anchor(settings, backbone)
     return SelfSupervisedRecipe(backbone, settings.losses, settings.gram, anchor=anchor)
 
 
-def _load_anchor(settings: TrainSettings, backbone: VisionTransformer) -> VisionTransformer | None:
+def load_anchor(settings: TrainSettings, backbone: VisionTransformer) -> VisionTransformer | None:
+    """The frozen backbone of Gram anchoring, or None if the run has none.
+
+    Raises:
+        UserError: it cannot be loaded, or does not fit the run.
+    """
     if settings.gram.anchor is None:
         if settings.crops.gram_size is not None:
             raise ConfigError(
@@ -103,6 +126,17 @@ def _load_anchor(settings: TrainSettings, backbone: VisionTransformer) -> Vision
             )
         return None
     anchor = load_backbone(settings.gram.anchor)
+    assert anchor.card is not None
+    if anchor.card.normalization != run_normalization(settings):
+        raise ConfigError(
+            f"gram.anchor {settings.gram.anchor} was trained on other bands or statistics "
+            f"({', '.join(anchor.card.normalization.bands)}) than data.sensor {settings.data.sensor!r} gives"
+        )
+    if settings.gram.refresh_every is not None and anchor.card.variant != settings.model.variant:
+        raise ConfigError(
+            f"gram.refresh_every puts the teacher ({settings.model.variant}) in the place of gram.anchor "
+            f"({anchor.card.variant}); both must be of one variant"
+        )
     if anchor.in_channels != backbone.in_channels or anchor.patch_size != backbone.patch_size:
         raise ConfigError(
             f"gram.anchor {settings.gram.anchor} has {anchor.in_channels} bands and patch "
@@ -125,17 +159,7 @@ class Trainer:
         self.out = out
         self.device = resolve_device(settings.device)
         self.normalization = run_normalization(settings)
-        sensor = get_sensor(settings.data.sensor)
-        try:
-            self.crop_maker = CropMaker(
-                settings.crops,
-                settings.masks,
-                self.normalization,
-                patch_size=settings.model.patch_size,
-                nadir=sensor.nadir,
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        self.crop_maker = build_crop_maker(settings)
         self.datasets = open_sources(settings.data)
         check_bands(self.datasets, settings.data)
         self.recipe = build_recipe(settings).to(self.device)
@@ -238,11 +262,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norms = clip_per_module(self.recipe.student.named_children(), settings.optimizer.clip_norm)
-        if not bool(torch.isfinite(loss)):
+        # Before the step: a finite loss with a gradient that is not would poison student and teacher.
+        if not bool(torch.isfinite(torch.stack([loss.detach(), *norms.values()])).all()):
             names = [name for name, value in terms.items() if not bool(torch.isfinite(value))]
             raise DataError(
-                f"loss is not finite in step {step} ({', '.join(names) or 'sum'}); the last checkpoint is "
-                "kept: lower schedules.lr, raise batch_size or look for corrupt pixels, "
+                f"loss or gradient is not finite in step {step} ({', '.join(names) or 'gradient'}); the last "
+                "checkpoint is kept: lower schedules.lr, raise batch_size or look for corrupt pixels, "
                 "then go on with --resume"
             )
         self.optimizer.step()
@@ -392,6 +417,20 @@ def _commit() -> str:
     return answer.stdout.strip()
 
 
+def check_out(out: Path, *, resume: bool) -> list[Path]:
+    """The checkpoints that `out` already holds.
+
+    Raises:
+        ConfigError: there are some, and the run is not to go on from them.
+    """
+    existing = checkpoints.list_checkpoints(out)
+    if existing and not resume:
+        raise ConfigError(
+            f"{out} already holds a run ({existing[-1].name}); go on with --resume or name another --out"
+        )
+    return existing
+
+
 def pretrain(
     settings: TrainSettings, *, out: Path, resume: bool = False, progress: Progress | None = None
 ) -> RunResult:
@@ -406,11 +445,7 @@ def pretrain(
     Raises:
         ConfigError: `out` already holds a run and `resume` is false, or the settings do not fit it.
     """
-    existing = checkpoints.list_checkpoints(out)
-    if existing and not resume:
-        raise ConfigError(
-            f"{out} already holds a run ({existing[-1].name}); go on with --resume or name another --out"
-        )
+    existing = check_out(out, resume=resume)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     trainer = Trainer(settings, out)
@@ -423,5 +458,7 @@ def pretrain(
             trainer.start_from(settings.start_from)
     if trainer.step == settings.steps:
         trainer.export()
-    (out / "settings.json").write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    temporary = out / "settings.json.tmp"
+    temporary.write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    temporary.replace(out / "settings.json")
     return trainer.run(progress)

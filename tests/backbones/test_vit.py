@@ -159,6 +159,15 @@ def test_bfloat16_training_attention_equals_the_fused_kernel() -> None:
     assert float((rounded - exact).norm() / exact.norm()) < 0.02
 
 
+def test_dropped_paths_work_in_bfloat16() -> None:
+    backbone = tiny(drop_path=0.5).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = backbone(torch.randn(4, 3, 32, 32))
+    features.cls.float().square().mean().backward()
+    assert features.patches.dtype == torch.float32
+    assert backbone.patch_embed.weight.grad is not None
+
+
 def test_wrong_bands_say_so() -> None:
     with pytest.raises(ValueError, match="3 input bands"):
         tiny()(torch.zeros(1, 4, 32, 32))

@@ -128,15 +128,34 @@ def test_the_seed_decides_everything() -> None:
 
 def test_distortions_that_are_off_change_nothing() -> None:
     images = torch.rand(4, 5, 16, 16)
-    assert torch.allclose(distort(images, NO_COLOUR, 1, generator=generator()), images, atol=1e-6)
+    assert torch.allclose(distort(images, NO_COLOUR, 1, generator=generator(), rgb=False), images, atol=1e-6)
 
 
 def test_grey_images_have_equal_bands() -> None:
     settings = NO_COLOUR.model_copy(update={"grayscale_probability": 1.0})
-    grey = distort(torch.rand(2, 4, 8, 8), settings, 0, generator=generator())
+    grey = distort(torch.rand(2, 4, 8, 8), settings, 0, generator=generator(), rgb=False)
     assert torch.allclose(grey, grey[:, :1].expand(-1, 4, -1, -1))
 
 
 def test_crop_sizes_must_fit_the_patch() -> None:
     with pytest.raises(ValueError, match=r"local_size 40 is not a multiple of patch_size 16; use 32 or 48"):
         CropMaker(CropSettings(local_size=40), MaskSettings(), normalization(3), patch_size=16, nadir=True)
+
+
+def test_numbers_outside_zero_to_one_are_not_clamped() -> None:
+    decibels = -25 + 5 * torch.rand(6, 2, 16, 16)
+    distorted = distort(decibels, PhotometrySettings(), 1, generator=generator(), rgb=False)
+    assert distorted.flatten(2).std(-1).min() > 0.1
+    assert distorted.max() < -5
+
+
+def test_no_crop_is_blank_while_its_chip_holds_data() -> None:
+    settings = CropSettings(
+        global_size=32, local_size=16, local_count=8, local_scale=(0.02, 0.05), photometry=NO_COLOUR
+    )
+    maker = CropMaker(settings, MaskSettings(), normalization(1), patch_size=16, nadir=True)
+    valid = torch.zeros(4, 40, 40, dtype=torch.bool)
+    valid[:, :, 28:] = True
+    batch = maker(torch.ones(4, 1, 40, 40), valid, seed=0)
+    assert (batch.local_crops.flatten(2).amax(-1) > 0).all()
+    assert (batch.global_crops.flatten(2).amax(-1) > 0).all()

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio import warp
 
-from dinov3geo.data.pairs import _chips, find_pairs, load_pair, match_pairs
+from dinov3geo.data.pairs import _chips, _overlap_groups, find_pairs, load_pair, match_pairs
 from dinov3geo.errors import DataError, GeoreferenceError
+from dinov3geo.rasters.reader import inspect_scene
 
 X, Y = 400_000.0, 3_280_000.0
 
@@ -199,6 +200,16 @@ def test_overlapping_images_share_a_group(write_raster, write_heights):
     pairs = find_pairs(images, write_heights(shape=(4, 30)))
     groups = {pair.image.stem: pair.group for pair in pairs}
     assert groups["a"] == groups["b"] == groups["c"] != groups["d"]
+
+
+def test_images_of_the_same_ground_in_two_crs_share_a_group(write_raster, write_heights):
+    here = write_raster("a.tif", shape=(1, 40, 60))
+    bounds = warp.transform_bounds("EPSG:32617", "EPSG:32616", X, Y - 4, X + 6, Y)
+    other = write_raster("b.tif", shape=(1, 40, 60), crs="EPSG:32616", origin=(bounds[0], bounds[3]))
+    neighbour = write_raster("c.tif", shape=(1, 40, 60), origin=(X + 6, Y))  # touches a in their own CRS
+    far = write_raster("d.tif", shape=(1, 40, 60), crs="EPSG:32616", origin=(bounds[0] + 500, bounds[3]))
+    infos = [inspect_scene(path) for path in (here, other, neighbour, far)]
+    assert _overlap_groups(infos) == [str(here), str(here), str(neighbour), str(far)]
 
 
 def test_real_plots_pair_up_whole(data_root):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -233,7 +234,8 @@ def test_mixed_pixel_sizes_must_be_allowed(write_raster):
     fine = write_raster("fine.tif", pixel_size=0.1)
     coarse = write_raster("later/coarse.tif", pixel_size=0.2, origin=(500_000, ORIGIN[1]))
     with pytest.raises(
-        DataError, match=r"fine\.tif has 0.1 x 0.1.*coarse\.tif has 0.2.*allow_mixed_resolution"
+        DataError,
+        match=r"fine\.tif has 0.1 x 0.1.*coarse\.tif has 0.2.*allow_mixed_resolution.*mixed_resolution: true",
     ):
         SceneDataset(fine.parent)
     dataset = SceneDataset(fine.parent, allow_mixed_resolution=True)
@@ -434,7 +436,9 @@ def test_two_workers_read_what_one_process_reads(folder, context):
     assert torch.equal(torch.cat([batch["image"] for batch in loader]), expected)
 
 
-def test_open_files_are_limited(folder):
+def test_open_files_are_limited_over_all_pools_of_a_process(monkeypatch):
+    monkeypatch.setattr(catalog, "MAX_OPEN_SCENES", 2)
+    monkeypatch.setattr(catalog.ReaderPool, "_pools", weakref.WeakSet())
     opened = []
 
     class Reader:
@@ -445,12 +449,15 @@ def test_open_files_are_limited(folder):
         def close(self):
             self.closed = True
 
-    pool = catalog.ReaderPool(Reader, capacity=2)
+    pool, other = catalog.ReaderPool(Reader), catalog.ReaderPool(Reader)
     first = pool.get("a")
-    pool.get("b")
+    other.get("b")
     assert pool.get("a") is first
     pool.get("c")  # b was used longest ago
     assert [(reader.path, reader.closed) for reader in opened] == [("a", False), ("b", True), ("c", False)]
+    del other
+    pool.get("d")
+    assert [reader.closed for reader in opened] == [True, True, False, False]
 
 
 def test_transforms_are_applied(folder):

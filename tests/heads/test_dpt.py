@@ -69,6 +69,24 @@ def test_bins_mix_logarithmic_and_linear_spacing():
     assert silent == pytest.approx(sum(expected) / 5, rel=1e-3)
 
 
+def test_statistics_make_scale_and_offset_of_features_irrelevant():
+    maps = [torch.randn(8, 6, 5) for _ in range(2)]
+    moved = [7 + 100 * m for m in maps]
+    first, second = build([8, 8]), build([8, 8])
+    first.fit_statistics([maps])
+    second.fit_statistics([moved])
+    heights = [head([m[None] for m in own], (12, 10)) for head, own in ((first, maps), (second, moved))]
+    torch.testing.assert_close(heights[0], heights[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(first.standards[0].mean, maps[0].mean((1, 2)))
+    assert {"standards.0.mean", "standards.1.deviation"} <= first.state_dict().keys()
+
+
+def test_constant_features_do_no_harm():
+    head = build([8])
+    head.fit_statistics([[torch.ones(8, 4, 4)]])
+    assert head([torch.ones(1, 8, 4, 4)], (8, 8)).isfinite().all()
+
+
 def test_impossible_shapes_are_refused():
     with pytest.raises(ConfigError, match="got 0 maps"):
         build([])

@@ -17,7 +17,7 @@ def sample(seed, *, cells_hw=(8, 8), views=2, valid=None):
     generator = torch.Generator().manual_seed(seed)
     grid = cells_hw[0] // 2, cells_hw[1] // 2
     features = torch.randn(4, *grid, generator=generator)
-    target = 10 + 5 * features[0].repeat_interleave(2, 0).repeat_interleave(2, 1)
+    target = 15 + 5 * features[0].repeat_interleave(2, 0).repeat_interleave(2, 1)
     known = torch.ones(cells_hw, dtype=torch.bool) if valid is None else valid
     turned = [
         FitView(
@@ -42,7 +42,7 @@ def fitted(samples, settings):
 
 
 def test_a_head_learns_what_the_features_say():
-    samples = [sample(i) for i in range(6)]
+    samples = [sample(i) for i in range(12)]
     settings = FitSettings(epochs=40, batch_pixels=2 * 32 * 32, learning_rate=1e-2, weight_decay=0.0)
     head, _ = fitted(samples, settings)
     held = sample(99).views[0]

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
+from rasterio.enums import ColorInterp
 
 from dinov3geo.backbones.card import Normalization
 from dinov3geo.backbones.vit import VisionTransformer, VitConfig
 from dinov3geo.errors import DataError, RasterError
 from dinov3geo.predict.checks import ModelInput, check_numbers, check_picture, choose_bands, gsd_warnings
+from dinov3geo.predict.preview import read_overview
 from dinov3geo.rasters.reader import SceneReader
 
 WriteRaster = Callable[..., Path]
@@ -47,8 +50,38 @@ def test_gsd_is_warned_about_beyond_a_factor_of_two(gsd_m: float, warned: int) -
     assert gsd_warnings(Path("scene.tif"), gsd_m, make_input(1.0, gsd_m=None)) == []
 
 
+RGB = ("red", "green", "blue")
+
+
 def test_bands_without_names_are_taken_in_order(write_raster: WriteRaster) -> None:
-    assert choose_bands(write_raster(), make_input(1.0, bands=("nir", "red", "green"))) == ((1, 2, 3), [])
+    scene = write_raster(photometric="MINISBLACK")
+    assert choose_bands(scene, make_input(1.0, bands=("nir", "red", "green"))) == ((1, 2, 3), [])
+    assert choose_bands(scene, make_input(1.0, bands=RGB)) == ((1, 2, 3), [])
+
+
+@pytest.mark.parametrize("names", [["nir", "red", "green"], ["Red", "", ""], ["height"]])
+def test_names_that_lack_a_band_are_refused(write_raster: WriteRaster, names: list[str]) -> None:
+    # GDAL calls any three bands of bytes red, green, blue, whatever their names.
+    options = {"photometric": "MINISBLACK"} if "" in names else {}
+    scene = write_raster(shape=(len(names), 8, 8), band_names=names, **options)
+    listed = ", ".join(name.lower() or "unnamed" for name in names)
+    with pytest.raises(DataError, match=f"names its bands {listed}; model 'vit-test' needs 3: red, green, b"):
+        choose_bands(scene, make_input(1.0, bands=RGB))
+
+
+def test_descriptions_that_name_no_band_do_not_count(write_raster: WriteRaster) -> None:
+    scene = write_raster(band_names=["B04", "B03", "B02"])
+    assert choose_bands(scene, make_input(1.0, bands=RGB)) == ((1, 2, 3), [])
+
+
+def test_bands_are_found_by_colour_interpretation(write_raster: WriteRaster) -> None:
+    scene = write_raster(shape=(4, 8, 8))
+    with rasterio.open(scene, "r+") as dataset:
+        dataset.colorinterp = [getattr(ColorInterp, name) for name in ("blue", "green", "red", "undefined")]
+    assert choose_bands(scene, make_input(1.0, bands=RGB)) == ((3, 2, 1), [])
+    bands, (warning,) = choose_bands(scene, make_input(1.0, bands=(*RGB, "nir")))
+    assert bands == (1, 2, 3, 4) and "were taken as these" in warning
+    np.testing.assert_array_equal(read_overview(scene).values, rasterio.open(scene).read([3, 2, 1]))
 
 
 def test_an_alpha_band_is_no_band(write_raster: WriteRaster) -> None:
@@ -65,8 +98,20 @@ def test_a_backbone_tells_what_it_takes_by_its_card(backbone: VisionTransformer)
 
 
 def test_a_picture_may_lie_in_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
-    check_picture(tmp_path / "a" / "b" / "picture.PNG")
+    check_picture(tmp_path / "a" / "b" / "picture.PNG", sources=(), overwrite=False)
     assert not (tmp_path / "a").exists()
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(RasterError, match="it is a folder"):
-        check_picture(tmp_path / "folder.png")
+        check_picture(tmp_path / "folder.png", sources=(), overwrite=True)
+
+
+def test_a_picture_replaces_no_source_and_others_only_when_asked(tmp_path: Path) -> None:
+    png, link = tmp_path / "a.png", tmp_path / "link.png"
+    png.touch()
+    link.hardlink_to(png)
+    for other in (png, link):
+        with pytest.raises(RasterError, match="would replace"):
+            check_picture(other, sources=(tmp_path / "none.tif", png), overwrite=True)
+    with pytest.raises(RasterError, match="exists already"):
+        check_picture(png, sources=(), overwrite=False)
+    check_picture(png, sources=(), overwrite=True)

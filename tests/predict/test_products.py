@@ -19,6 +19,7 @@ from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.errors import ConfigError, DataError, GeoreferenceError, RasterError, UserError
 from dinov3geo.features.extract import extract_feature_maps
 from dinov3geo.heads.canopy import CanopyModel
+from dinov3geo.predict import products
 from dinov3geo.predict.products import predict_canopy, predict_features
 
 WriteRaster = Callable[..., Path]
@@ -379,6 +380,29 @@ def test_too_many_components_are_refused_before_anything_is_written(
     with pytest.raises(DataError, match="1 to 24"):
         predict_features(osbs_scene, tmp_path / "pca.tif", backbone=backbone, pca=25)
     assert snapshot(tmp_path) == set()
+
+
+def test_more_features_than_a_file_should_hold_are_refused(
+    write_raster: WriteRaster, backbone: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "MAX_BANDS", 23)
+    scene = write_raster()
+    with pytest.raises(ConfigError, match="24 bands are too many .* at most 23; .*--pca K"):
+        predict_features(scene, tmp_path / "out.tif", backbone=backbone)
+    assert snapshot(tmp_path) == {scene.name}
+    assert predict_features(scene, tmp_path / "out.tif", backbone=backbone, pca=2).dimensions == 2
+
+
+def test_an_existing_picture_is_replaced_only_when_asked(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    scene, output, png = write_raster(), tmp_path / "out.tif", tmp_path / "out.png"
+    png.write_text("mine")
+    with pytest.raises(RasterError, match="out.png: it exists already"):
+        predict_canopy(scene, output, model=model, preview=png)
+    assert png.read_text() == "mine" and not output.exists()
+    predict_canopy(scene, output, model=model, preview=png, overwrite=True)
+    assert png.stat().st_size > 1000
 
 
 def test_a_tile_of_a_large_scene_equals_a_scene_of_that_tile(

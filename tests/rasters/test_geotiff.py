@@ -12,7 +12,7 @@ from rasterio.windows import Window
 from rio_cogeo.cogeo import cog_validate
 
 from dinov3geo.errors import DataError, RasterError
-from dinov3geo.rasters.geotiff import GeoTiffWriter, write_geotiff
+from dinov3geo.rasters.geotiff import GeoTiffWriter, block_cache, write_geotiff
 from dinov3geo.rasters.grid import PixelGrid
 from dinov3geo.rasters.reader import SceneReader
 
@@ -60,6 +60,22 @@ def test_windows_in_any_order_make_one_raster(tmp_path):
     np.testing.assert_array_equal(numbers, array)
     assert valid.all() and np.isnan(reader.info.nodata).all()
     assert get_gdal_config("GDAL_CACHEMAX") == cache
+
+
+@pytest.mark.parametrize(("count", "block"), [(1, 512), (4, 512), (5, 128), (192, 128)])
+def test_a_block_of_many_bands_is_small(tmp_path, count, block):
+    write_geotiff(tmp_path / "out.tif", np.ones((count, 8, 520), np.uint8), grid_of(8, 520), nodata=None)
+    with rasterio.open(tmp_path / "out.tif") as dataset:
+        assert set(dataset.block_shapes) == {(block, block)}
+
+
+def test_the_block_cache_is_capped_and_set_back():
+    before = get_gdal_config("GDAL_CACHEMAX")
+    with block_cache(2**20):
+        assert get_gdal_config("GDAL_CACHEMAX") == 2**20
+        with block_cache(2**40):
+            assert get_gdal_config("GDAL_CACHEMAX") == 2**20
+    assert get_gdal_config("GDAL_CACHEMAX") == before
 
 
 @pytest.mark.parametrize(
