@@ -33,13 +33,14 @@ from dinov3geo.evaluation.regression_metrics import (
 )
 from dinov3geo.features.extract import FeatureCache, default_blocks, undo_view
 from dinov3geo.heads.base import Head
-from dinov3geo.heads.canopy import CanopyModel, CanopySettings, fit_dpt
+from dinov3geo.heads.canopy import CanopyModel, CanopySettings, fit_canopy_head
 from dinov3geo.heads.fit import FitSample, predict_cells
 from dinov3geo.heads.samples import StageProgress, build_samples, cell_validity
 
 REPORT_FORMAT = "dinov3geo-canopy-evaluation/1"
 # 10 m on the 1 m heights of NEON, whose plots of 20 to 40 m have no room for CHMv2's 50 cells.
 DEFAULT_BLOCK = 10
+FROZEN_FEATURES = "frozen features"
 
 Heights = NDArray[np.float32]
 
@@ -183,7 +184,7 @@ def evaluate_folds(
 
     Returns:
         The table, with the methods "mean", "site mean", "gradient boosting" (squared error), "gradient
-        boosting (absolute error)" and "frozen features + DPT".
+        boosting (absolute error)" and "frozen features".
 
     Raises:
         UserError: a file, name or number that cannot be used.
@@ -210,10 +211,10 @@ def evaluate_folds(
         held = [i for i, n in enumerate(numbers) if n == fold]
         _add_baselines(table, plots, colours, train, held, seed)
         named = _prefixed(progress, f"fold {fold + 1}/{folds}, ")
-        head, _ = fit_dpt([samples[i] for i in train], settings, device=device, progress=named)
+        head, _ = fit_canopy_head([samples[i] for i in train], settings, device=device, progress=named)
         for index in held:
             predicted = predict_plot(head, samples[index], settings.predict_views)
-            table.add("frozen features + DPT", plots[index], predicted)
+            table.add(FROZEN_FEATURES, plots[index], predicted)
     details = _details(match, plots, command) | {
         "backbone": "" if frozen.card is None else frozen.card.name,
         "folds": folds,

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from dinov3geo.features.extract import (
     weights_digest,
 )
 from dinov3geo.heads.base import OutputSpec
+from dinov3geo.heads.context import ContextHead
 from dinov3geo.heads.dpt import DPTHead
 from dinov3geo.heads.fit import FitResult, FitSample, FitSettings, fit_head, predict_cells
 from dinov3geo.heads.samples import StageProgress, build_samples
@@ -46,26 +47,60 @@ BUNDLED_MODELS: dict[str, Path] = {
     "canopy-tiny-aerial": Path(__file__).parent / "weights" / "canopy-tiny-aerial"
 }
 DEFAULT_MODEL = "canopy-tiny-aerial"
+CanopyHead = ContextHead | DPTHead
 CANOPY_HEIGHT = OutputSpec("canopy_height", unit="m", minimum=0.0, maximum=80.0)
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 
 
 class HeadSettings(BaseModel):
-    """Shape of the DPT head, see `DPTHead`.
+    """Kind and shape of the head.
 
     Attributes:
-        channels: width of its pyramid.
-        finest: finest level in units of the patch grid.
-        dropout: share of feature channels silenced in training.
-        bins: number of height bins, or 0 for direct regression.
+        kind: `"context"` for few plots (`ContextHead`), `"dpt"` for many (`DPTHead`).
+        components: principal components of a context head.
+        hidden: width of its MLP.
+        channels: width of a DPT head's pyramid.
+        finest: its finest level in units of the patch grid.
+        bins: its number of height bins, or 0 for direct regression.
+        dropout: share of channels silenced in training.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    kind: Literal["context", "dpt"] = "context"
+    components: int = Field(default=64, ge=1)
+    hidden: int = Field(default=64, ge=1)
     channels: int = Field(default=32, ge=2)
     finest: Literal[1, 2, 4] = 2
-    dropout: float = Field(default=0.1, ge=0, lt=1)
     bins: int = Field(default=0, ge=0)
+    dropout: float = Field(default=0.3, ge=0, lt=1)
+
+    def build(self, dims: Sequence[int], *, output: OutputSpec, typical: float = 10.0) -> CanopyHead:
+        """A new head on feature maps of the given widths.
+
+        Args:
+            dims: width of each map.
+            output: what the numbers mean.
+            typical: height that the untrained head gives.
+        """
+        if self.kind == "context":
+            return ContextHead(
+                dims,
+                output=output,
+                components=self.components,
+                hidden=self.hidden,
+                dropout=self.dropout,
+                typical=typical,
+            )
+        return DPTHead(
+            dims,
+            output=output,
+            channels=self.channels,
+            finest=self.finest,
+            bins=self.bins,
+            dropout=self.dropout,
+            typical=typical,
+        )
 
 
 class CanopySettings(BaseModel):
@@ -106,7 +141,7 @@ class CanopyModel:
     """
 
     backbone: VisionTransformer
-    head: DPTHead
+    head: CanopyHead
     blocks: tuple[int, ...]
     image_scale: float
     views: int
@@ -229,7 +264,7 @@ def fit_canopy(
         cache=cache or FeatureCache(None),
         progress=progress,
     )
-    head, result = fit_dpt(samples, settings, device=device, progress=progress)
+    head, result = fit_canopy_head(samples, settings, device=device, progress=progress)
     bundled = str(source) if str(source) in BUNDLED else None
     card = _card(frozen, bundled, blocks, settings, match, samples)
     card |= {"name": out.name, "scores": dict(scores or {}), "command": command}
@@ -247,13 +282,13 @@ def fit_canopy(
     )
 
 
-def fit_dpt(
+def fit_canopy_head(
     samples: list[FitSample],
     settings: CanopySettings,
     *,
     device: torch.device,
     progress: StageProgress | None = None,
-) -> tuple[DPTHead, FitResult]:
+) -> tuple[CanopyHead, FitResult]:
     """A new head, fitted on samples.
 
     Raises:
@@ -267,11 +302,10 @@ def fit_dpt(
         )
     with torch.random.fork_rng():
         torch.manual_seed(settings.fit.seed)
-        head = DPTHead(
+        head = settings.head.build(
             [m.shape[0] for m in samples[0].views[0].maps],
             output=CANOPY_HEIGHT,
             typical=max(float(heights.mean()), 0.1),
-            **settings.head.model_dump(),
         ).to(device)
     head.fit_statistics([s.views[0].maps for s in samples])
 
@@ -282,7 +316,7 @@ def fit_dpt(
     return head, fit_head(head, samples, settings=settings.fit, progress=report)
 
 
-def mean_absolute_error(head: DPTHead, samples: list[FitSample]) -> float:
+def mean_absolute_error(head: CanopyHead, samples: list[FitSample]) -> float:
     """Mean absolute error over all valid cells of the samples' first view, metres."""
     total, count = 0.0, 0
     with torch.no_grad():
@@ -355,7 +389,7 @@ def load_canopy_model(name_or_folder: str | Path = DEFAULT_MODEL) -> CanopyModel
         raise ConfigError(
             f"{source} belongs to other weights of the backbone {bundled or RUN_EXPORT}; fit it again"
         )
-    head = DPTHead([backbone.embed_dim] * len(blocks), output=output, **settings.head.model_dump())
+    head = settings.head.build([backbone.embed_dim] * len(blocks), output=output)
     tensors = read_tensors(folder / HEAD_FILE)
     try:
         head.load_state_dict(tensors)

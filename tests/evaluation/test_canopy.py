@@ -23,7 +23,7 @@ METHODS = [
     "site mean",
     "gradient boosting",
     "gradient boosting (absolute error)",
-    "frozen features + DPT",
+    "frozen features",
 ]
 
 

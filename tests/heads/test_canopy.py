@@ -212,7 +212,7 @@ def test_damaged_cards_are_named(fitted, change, message):
 def test_a_head_that_does_not_fit_its_card_is_an_error(fitted):
     path = fitted[0] / "card.json"
     card = json.loads(path.read_text())
-    card["settings"]["head"]["channels"] = 16
+    card["settings"]["head"]["hidden"] = 16
     path.write_text(json.dumps(card))
     with pytest.raises(DataError, match="does not fit its card"):
         load_canopy_model(fitted[0])
