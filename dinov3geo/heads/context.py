@@ -16,6 +16,34 @@ SURROUNDINGS = (5, 9, 25)
 _MAX_TOKENS = 20_000
 
 
+class ComponentDecoder(Head):
+    """The trained part of a `ContextHead`: an MLP on each patch's components, then bilinear to pixels."""
+
+    def __init__(
+        self, components: int, *, output: OutputSpec, hidden: int, dropout: float, typical: float
+    ) -> None:
+        """Builds the MLP; arguments as in `ContextHead`."""
+        super().__init__()
+        self.output = output
+        self.mlp = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Conv2d(components, hidden, 1),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Conv2d(hidden, hidden, 1),
+            nn.GELU(),
+            nn.Conv2d(hidden, 1, 1),
+        )
+        last = self.mlp[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        nn.init.constant_(last.bias, typical)
+
+    def forward(self, feature_maps: list[Tensor], size_hw: tuple[int, int]) -> Tensor:
+        """See `Head.forward`; the one map holds the components."""
+        heights: Tensor = self.mlp(feature_maps[0])
+        return F.interpolate(heights, size_hw, mode="bilinear", align_corners=False)
+
+
 class ContextHead(Head):
     """Patch features and their means over surrounding squares -> one height per patch -> pixels.
 
@@ -52,18 +80,9 @@ class ContextHead(Head):
         width = sum(dims) * (1 + len(SURROUNDINGS))
         self.register_buffer("basis", torch.zeros(components, width))
         self.register_buffer("centre", torch.zeros(width))
-        self.mlp = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Conv2d(components, hidden, 1),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Conv2d(hidden, hidden, 1),
-            nn.GELU(),
-            nn.Conv2d(hidden, 1, 1),
+        self.decoder = ComponentDecoder(
+            components, output=output, hidden=hidden, dropout=dropout, typical=typical
         )
-        last = self.mlp[-1]
-        assert isinstance(last, nn.Conv2d) and last.bias is not None
-        nn.init.constant_(last.bias, typical)
 
     def fit_statistics(self, samples: Sequence[Sequence[Tensor]]) -> None:
         """Takes scale and principal components from training features.
@@ -90,10 +109,13 @@ class ContextHead(Head):
 
     def forward(self, feature_maps: list[Tensor], size_hw: tuple[int, int]) -> Tensor:
         """See `Head.forward`."""
+        heights: Tensor = self.decoder([self.components(feature_maps)], size_hw)
+        return heights
+
+    def components(self, feature_maps: list[Tensor]) -> Tensor:
+        """The principal components that the decoder reads, [B, K, h, w]; training does not change them."""
         around = self._surroundings(feature_maps) - self.centre[:, None, None]
-        components = torch.einsum("kd,bdhw->bkhw", self.basis, around)
-        heights: Tensor = self.mlp(components)
-        return F.interpolate(heights, size_hw, mode="bilinear", align_corners=False)
+        return torch.einsum("kd,bdhw->bkhw", self.basis, around)
 
     def _surroundings(self, feature_maps: list[Tensor]) -> Tensor:
         """Standardised features beside their means over squares, [B, (1 + squares) D, h, w]."""

@@ -45,7 +45,7 @@ class FitSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    epochs: int = Field(default=45, ge=1)
+    epochs: int = Field(default=120, ge=1)
     batch_pixels: int = Field(default=160_000, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
