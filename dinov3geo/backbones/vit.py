@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3geo.backbones.card import BackboneCard
+from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.features import Features
 from dinov3geo.backbones.rope import RotaryEmbedding, rotate
 
@@ -164,19 +164,17 @@ class Block(nn.Module):
         return x.index_add(0, chosen, self._feed(x[chosen]), alpha=batch / kept)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """Images to `Features`.
 
     Attributes:
         config: the shape.
-        card: what is known of the weights, or None for weights that nobody described.
     """
 
     def __init__(self, config: VitConfig) -> None:
         """Builds and initialises the network."""
         super().__init__()
         self.config = config
-        self.card: BackboneCard | None = None
         dim = config.embed_dim
         self.patch_embed = nn.Conv2d(config.in_channels, dim, config.patch_size, config.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -267,9 +265,7 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: a block number that the network does not have, or not increasing.
         """
-        wanted = list(blocks)
-        if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 0 or wanted[-1] >= self.num_blocks:
-            raise ValueError(f"blocks must increase within 0..{self.num_blocks - 1}, got {wanted}")
+        wanted = self._check_blocks(blocks)
         tokens, grid_hw = self._embed(images, None)
         collected = []
         for number, block in enumerate(self.blocks[: wanted[-1] + 1]):
@@ -279,15 +275,7 @@ class VisionTransformer(nn.Module):
         return collected
 
     def _embed(self, images: Tensor, patch_masks: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(
-                f"expected images [B, {self.in_channels}, H, W], got {list(images.shape)}; "
-                f"the backbone has {self.in_channels} input bands"
-            )
-        pad_bottom, pad_right = (-images.shape[2]) % self.patch_size, (-images.shape[3]) % self.patch_size
-        if pad_bottom or pad_right:
-            images = F.pad(images, (0, pad_right, 0, pad_bottom), mode="replicate")
-        grid = self.patch_embed(images)  # [B, D, h, w]
+        grid = self.patch_embed(self._fit(images))  # [B, D, h, w]
         patches = grid.flatten(2).transpose(1, 2)
         if patch_masks is not None:
             patches = torch.where(patch_masks[..., None], self.mask_token.to(patches.dtype), patches)
