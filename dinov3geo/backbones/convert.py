@@ -129,7 +129,7 @@ def from_ours(tensors: Mapping[str, Tensor], config: VitConfig | ConvNextConfig,
     """Tensors of this library in another dialect.
 
     What the dialect has no place for is left out: the norm of local crops in `hf` and `timm`, the mask token
-    in `timm`, and there query and value biases if all are zero, as timm's own conversion does.
+    in `timm`. Its models without `_qkvb` in the name lack query and value biases, which are kept here.
 
     Args:
         tensors: complete, in this library's names.
@@ -277,15 +277,6 @@ def _give_timm(rest: Tensors, theirs: Tensors, config: VitConfig) -> None:
     del rest["mask_token"]
     _drop_empty_registers(rest)
     _drop_local_norm(rest)
-    if not has_qkv_bias(rest):
-        for name in [n for n in rest if n.endswith(("query_bias", "value_bias"))]:
-            del rest[name]
-
-
-def has_qkv_bias(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether any query or value bias differs from zero; those on the meta device count as such."""
-    biases = [t for n, t in tensors.items() if n.endswith(("query_bias", "value_bias"))]
-    return any(bias.is_meta or bool(bias.any()) for bias in biases)
 
 
 def _drop_empty_registers(rest: Tensors) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +28,12 @@ from dinov3geo.backbones.store import (
 )
 from dinov3geo.backbones.store import read_tensors as read_tensors
 from dinov3geo.backbones.store import write_tensors as write_tensors
+from dinov3geo.backbones.variants import VARIANTS as VARIANTS
+from dinov3geo.backbones.variants import Config, build_network, variant_of
+from dinov3geo.backbones.variants import build_backbone as build_backbone
+from dinov3geo.backbones.variants import build_vit as build_vit
 from dinov3geo.backbones.vit import VisionTransformer, VitConfig
 from dinov3geo.errors import ConfigError, DataError, UnknownNameError
-
-Config = VitConfig | ConvNextConfig
-
-# Source: DINOv3 paper, table of the model family; tiny is ours (the shape that timm calls ViT-Ti). There are
-# no released weights of so400m, huge2 and giant2.
-VARIANTS: dict[str, Config] = {
-    "vit_tiny": VitConfig(192, 12, 3, "mlp", 768),
-    "vit_small": VitConfig(384, 12, 6, "mlp", 1536),
-    "vit_small_plus": VitConfig(384, 12, 6, "swiglu", 1536),
-    "vit_base": VitConfig(768, 12, 12, "mlp", 3072),
-    "vit_large": VitConfig(1024, 24, 16, "mlp", 4096),
-    "vit_large_plus": VitConfig(1024, 24, 16, "swiglu", 4096),
-    "vit_so400m": VitConfig(1152, 27, 18, "mlp", 4352),
-    "vit_huge2": VitConfig(1280, 32, 20, "mlp", 5120),
-    "vit_huge_plus": VitConfig(1280, 32, 20, "swiglu", 5120),
-    "vit_giant2": VitConfig(1536, 40, 24, "mlp", 6144),
-    "vit_7b": VitConfig(4096, 40, 32, "swiglu", 8192, qkv_bias=False, local_cls_norm=True),
-    "convnext_tiny": ConvNextConfig((3, 3, 9, 3), (96, 192, 384, 768)),
-    "convnext_small": ConvNextConfig((3, 3, 27, 3), (96, 192, 384, 768)),
-    "convnext_base": ConvNextConfig((3, 3, 27, 3), (128, 256, 512, 1024)),
-    "convnext_large": ConvNextConfig((3, 3, 27, 3), (192, 384, 768, 1536)),
-}
 
 _WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 BUNDLED: dict[str, Path] = {"vit-tiny-aerial": _WEIGHTS_FOLDER / "vit_tiny_aerial.safetensors"}
@@ -59,97 +42,6 @@ RUN_EXPORT = "backbone.safetensors"
 
 # What a card must say, because the tensors do not.
 _UNSEEN = ("norm_eps", "rope_base", "rope_rescale", "rope_rounded_periods")
-
-
-def build_backbone(
-    variant: str,
-    *,
-    in_channels: int = 3,
-    patch_size: int | None = None,
-    drop_path: float = 0.0,
-    num_registers: int | None = None,
-    layer_scale: float | None = None,
-) -> Backbone:
-    """An untrained network of a named shape.
-
-    Args:
-        variant: a name in `VARIANTS`.
-        in_channels: bands.
-        patch_size: pixels; None for the variant's own. A ConvNeXt has a fixed stride.
-        drop_path: stochastic depth in training.
-        num_registers: register tokens; None for the variant's own. A ConvNeXt has none.
-        layer_scale: initial factor of every residual branch; None for the variant's own.
-
-    Raises:
-        UnknownNameError: no such variant.
-        ConfigError: another stride or registers for a ConvNeXt.
-    """
-    if variant not in VARIANTS:
-        raise UnknownNameError("backbone variant", variant, VARIANTS)
-    config = VARIANTS[variant]
-    changes: dict[str, Any] = {"in_channels": in_channels, "drop_path": drop_path}
-    if layer_scale is not None:
-        changes["layer_scale"] = layer_scale
-    if isinstance(config, VitConfig):
-        chosen = {"patch_size": patch_size, "num_registers": num_registers}
-        changes |= {name: value for name, value in chosen.items() if value is not None}
-    elif patch_size not in (None, config.stride) or num_registers:
-        raise ConfigError(f"{variant} has stride {config.stride} and no registers; leave both out")
-    return build_network(dataclasses.replace(config, **changes))
-
-
-def build_vit(
-    variant: str,
-    *,
-    in_channels: int = 3,
-    patch_size: int = 16,
-    drop_path: float = 0.0,
-    num_registers: int = 4,
-    layer_scale: float = 1e-5,
-) -> VisionTransformer:
-    """An untrained vision transformer, which masked training needs; arguments as in `build_backbone`.
-
-    Raises:
-        UnknownNameError: no such variant, or one of another family.
-    """
-    transformers = [name for name, config in VARIANTS.items() if isinstance(config, VitConfig)]
-    if variant not in transformers:
-        raise UnknownNameError("vision transformer", variant, transformers)
-    backbone = build_backbone(
-        variant,
-        in_channels=in_channels,
-        patch_size=patch_size,
-        drop_path=drop_path,
-        num_registers=num_registers,
-        layer_scale=layer_scale,
-    )
-    assert isinstance(backbone, VisionTransformer)
-    return backbone
-
-
-def build_network(config: Config) -> Backbone:
-    """An untrained network of any shape."""
-    return VisionTransformer(config) if isinstance(config, VitConfig) else ConvNext(config)
-
-
-def variant_of(config: Config) -> str:
-    """The variant of a shape, whatever its bands, patch size, registers and optional parts.
-
-    Raises:
-        DataError: none has this shape.
-    """
-    shape = _shape(config)
-    for name, other in VARIANTS.items():
-        if _shape(other) == shape:
-            return name
-    raise DataError(f"no variant has this shape: {shape}; known are {', '.join(VARIANTS)}")
-
-
-def _shape(config: Config) -> tuple[object, ...]:
-    if isinstance(config, VitConfig):
-        shape = (config.embed_dim, config.num_blocks, config.ffn, config.ffn_hidden)
-        return ("width, blocks, ffn and its width", *shape)
-    return ("depths, widths", config.depths, config.dims)
 
 
 def load_backbone(
@@ -179,6 +71,44 @@ def load_backbone(
         ConfigError: the card is missing or incomplete; other bands, but not how to adapt the stem.
         DataError: the weights do not fill the network exactly, or the file is damaged.
     """
+    opened = open_checkpoint(name_or_path, bands=bands, sensor=sensor, normalization=normalization, stem=stem)
+    backbone = build_network(opened.config)
+    check_complete(backbone.state_dict(), opened.tensors, source=opened.path)
+    backbone.load_state_dict({name: tensor.to(torch.float32) for name, tensor in opened.tensors.items()})
+    backbone.card = opened.card
+    return backbone.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """Weights that were read and understood, but not yet put into a network.
+
+    Attributes:
+        path: where they lie.
+        dialect: of the file.
+        config: the shape, with the bands wanted.
+        tensors: in this library's names and the file's dtype.
+        card: that came with them, or was made for them.
+        dropped: names that this library has no use for.
+    """
+
+    path: Path
+    dialect: str
+    config: Config
+    tensors: dict[str, Tensor]
+    card: BackboneCard
+    dropped: tuple[str, ...]
+
+
+def open_checkpoint(
+    name_or_path: str | Path,
+    *,
+    bands: Sequence[str] | None = None,
+    sensor: SensorLike | None = None,
+    normalization: Normalization | str | None = None,
+    stem: str | None = None,
+) -> OpenedCheckpoint:
+    """Reads weights of any dialect; arguments and errors as in `load_backbone`."""
     path = locate_weights(name_or_path)
     checkpoint = to_ours(read_weights(path))
     if checkpoint.dialect == "ours":
@@ -191,10 +121,8 @@ def load_backbone(
         card = dataclasses.replace(card, normalization=find_normalization(normalization))
     tensors = dict(checkpoint.tensors)
     card = adapt_bands(tensors, card, bands=bands, sensor=sensor, stem=stem)
-    backbone = build_network(dataclasses.replace(config, in_channels=len(card.normalization.bands)))
-    _fill(backbone, tensors, source=path)
-    backbone.card = card
-    return backbone.eval().requires_grad_(False)
+    config = dataclasses.replace(config, in_channels=len(card.normalization.bands))
+    return OpenedCheckpoint(path, checkpoint.dialect, config, tensors, card, checkpoint.dropped)
 
 
 def find_normalization(name: Normalization | str) -> Normalization:
@@ -390,11 +318,6 @@ def save_backbone(
         card = dataclasses.replace(card, architecture=_architecture(backbone.config, card.variant))
     write_tensors(path, tensors)
     write_text(path.with_suffix(".json"), card.to_json())
-
-
-def _fill(backbone: Backbone, tensors: dict[str, Tensor], *, source: Path) -> None:
-    check_complete(backbone.state_dict(), tensors, source=source)
-    backbone.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
 
 
 def check_complete(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path) -> None:
