@@ -77,10 +77,10 @@ class ConvNextBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         batch = x.shape[0]
-        kept = max(int(batch * (1 - self.drop_path)), 1)
-        if not self.training or kept == batch:
+        if not (self.training and self.drop_path) or batch == 1:
             rows = torch.addcmul(x.permute(0, 2, 3, 1), self._branch(x), self.scale)
             return rows.permute(0, 3, 1, 2)
+        kept = max(int(batch * (1 - self.drop_path)), 1)
         chosen = torch.randperm(batch, device=x.device)[:kept]
         branch = (self.scale * self._branch(x[chosen])).permute(0, 3, 1, 2)
         return x.index_add(0, chosen, branch, alpha=batch / kept)
@@ -170,7 +170,7 @@ class ConvNext(Backbone):
         cls = patches.mean(1)
         if normed:
             cls, patches = self.norm(cls), self.norm(patches)
-        registers = patches.new_empty(len(patches), 0, patches.shape[2])
+        registers = patches.new_empty(patches.shape[0], 0, patches.shape[2])
         return Features(cls, registers, patches, (x.shape[2], x.shape[3]))
 
 

@@ -41,7 +41,7 @@ DEFAULT_BACKBONE = "vit-tiny-aerial"
 RUN_EXPORT = "backbone.safetensors"
 
 # What a card must say, because the tensors do not.
-_UNSEEN = ("norm_eps", "rope_base", "rope_rescale", "rope_rounded_periods")
+_UNSEEN = ("norm_eps", "rope_base", "rope_rescale", "rope_rounded_periods", "rope_shift", "rope_jitter")
 
 
 def load_backbone(

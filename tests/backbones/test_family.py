@@ -376,3 +376,26 @@ def test_variants_say_what_they_cannot_be() -> None:
     assert isinstance(build_vit("vit_tiny"), VisionTransformer)
     copied = copy.deepcopy(build_backbone("vit_tiny"))
     assert copied.block_dims == (192,) * 12
+
+
+def test_coordinates_move_in_training_only() -> None:
+    for name, value in (("rope_shift", 0.5), ("rope_jitter", 1.5)):
+        config = dataclasses.replace(
+            few_blocks("vit_tiny"), rope_rescale=None, layer_scale=0.5, **{name: value}
+        )
+        network = build_network(config)
+        image = torch.randn(1, 3, 64, 64)
+        assert not torch.equal(network.train()(image).cls, network(image).cls)
+        assert torch.equal(network.eval()(image).cls, network(image).cls)
+
+
+@pytest.mark.parametrize("variant", ["vit_small", "vit_small_plus"])
+def test_the_path_without_gradients_computes_the_same(variant: str) -> None:
+    network = build_network(few_blocks(variant)).eval()
+    randomise(network)
+    image = torch.randn(2, 3, 48, 80)
+    with torch.enable_grad():
+        expected = network(image).patches.detach()
+    close(network(image).patches, expected)
+    half = copy.deepcopy(network).bfloat16()(image.bfloat16()).patches.float()
+    assert float((half - expected).norm() / expected.norm()) < 0.05
