@@ -1,5 +1,6 @@
 """`dinov3geo convert` and `dinov3geo export`, end to end."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import NORMALIZATIONS, BackboneCard
 from dinov3geo.backbones.zoo import build_backbone, load_backbone, save_backbone
 from dinov3geo.commands.convert import convert
-from dinov3geo.errors import ConfigError, RasterError, UnknownNameError
+from dinov3geo.commands.export import ONNX_PACKAGES, export
+from dinov3geo.errors import ConfigError, DataError, RasterError, UnknownNameError
 
 app = typer.Typer()
 app.command("convert")(convert)
-app.callback()(lambda: None)
+app.command("export")(export)
 
 
 def run(*words: object) -> Result:
@@ -142,3 +144,64 @@ def test_nothing_is_overwritten_unasked(ours: Path, tmp_path: Path) -> None:
 def test_four_bands_without_saying_how(ours: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mean or zero"):
         run("convert", ours, tmp_path / "w.safetensors", "--to", "ours", "--sensor", "naip")
+
+
+FORMATS = [("exported-program", ".pt2"), ("torchscript", ".pt")]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("file_format", "suffix"), FORMATS)
+def test_exported_file_equals_the_network_at_other_sizes(
+    ours: Path, tmp_path: Path, file_format: str, suffix: str
+) -> None:
+    output = tmp_path / f"net{suffix}"
+    result = run("export", ours, output, "--format", file_format, "--size", 64, 96, "--dynamic")
+    assert result.stdout.count("differs by at most") == 3
+    loaded = load_backbone(ours)
+    image = torch.randn(1, 3, 128, 64)
+    with torch.no_grad():
+        program = torch.jit.load(output) if suffix == ".pt" else torch.export.load(output).module()
+        assert float((program(image)[2] - loaded(image).patches).abs().max()) < 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+@pytest.mark.skipif(any(find_spec(name) is None for name in ONNX_PACKAGES), reason="needs ONNX packages")
+def test_one_dynamic_onnx_file_serves_all_sizes(ours: Path, tmp_path: Path) -> None:
+    output = tmp_path / "net.onnx"
+    result = run("export", ours, output, "--format", "onnx", "--size", 64, 96, "--dynamic")
+    assert result.stdout.count("differs by at most") == 3
+
+
+@pytest.mark.skipif(all(find_spec(name) for name in ONNX_PACKAGES), reason="the ONNX packages are there")
+def test_missing_onnx_packages_are_named(ours: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pip install"):
+        run("export", ours, tmp_path / "net.onnx", "--format", "onnx")
+
+
+def test_an_export_that_differs_is_not_kept(ours: Path, tmp_path: Path) -> None:
+    from dinov3geo.backbones.export import export_backbone
+
+    def wrong(path: Path, images: torch.Tensor) -> list[torch.Tensor]:
+        return [output + 0.1 for output in torch.export.load(path).module()(images)]
+
+    output = tmp_path / "net.pt2"
+    with pytest.raises(DataError, match="differs from the network by 0.1"):
+        export_backbone(
+            load_backbone(ours), output, "exported-program", size_hw=(64, 64), dynamic=False, run=wrong
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (("net.pt2", "--format", "torchscript"), ConfigError, r"end in \.pt"),
+        (("net.pt", "--format", "torchscript", "--size", 60, 64), ConfigError, "whole patches"),
+        (("net.pt", "--format", "tflite"), UnknownNameError, "torchscript"),
+    ],
+)
+def test_exports_that_cannot_be(
+    ours: Path, tmp_path: Path, words: tuple[object, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run("export", ours, tmp_path / str(words[0]), *words[1:])
