@@ -12,7 +12,9 @@ import typer
 from dinov3geo import __version__
 from dinov3geo.commands.canopy import canopy
 from dinov3geo.commands.console import note
+from dinov3geo.commands.convert import convert
 from dinov3geo.commands.demo import demo
+from dinov3geo.commands.export import export
 from dinov3geo.commands.models import models
 from dinov3geo.commands.pictures import features, show
 from dinov3geo.commands.pretrain import pretrain
@@ -30,6 +32,8 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(models)
 app.command()(pretrain)
+app.command()(convert)
+app.command()(export)
 app.add_typer(canopy, name="canopy")
 app.command()(features)
 app.add_typer(show, name="show")

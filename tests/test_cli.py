@@ -53,6 +53,8 @@ def test_verbs():
         "demo",
         "models",
         "pretrain",
+        "convert",
+        "export",
         "canopy",
         "canopy fit",
         "canopy predict",

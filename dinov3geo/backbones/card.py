@@ -4,16 +4,52 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dinov3geo.errors import ConfigError
+from dinov3geo.errors import ConfigError, UnknownNameError
 
 CARD_FORMAT = "dinov3geo-backbone/1"
+
+
+class BandLike(Protocol):
+    """What is read of a band of a sensor table."""
+
+    @property
+    def name(self) -> str:
+        """Lower case."""
+
+    @property
+    def scale(self) -> float:
+        """Factor from the stored number to the physical one."""
+
+    @property
+    def offset(self) -> float:
+        """Addend after the factor."""
+
+    @property
+    def mean(self) -> float:
+        """Of the physical number."""
+
+    @property
+    def std(self) -> float:
+        """Of the physical number."""
+
+
+class SensorLike(Protocol):
+    """What is read of a sensor: this room knows no rasters."""
+
+    @property
+    def name(self) -> str:
+        """Name in the table of sensors."""
+
+    def select(self, names: Sequence[str] | None = None) -> Sequence[BandLike]:
+        """The named bands, or all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +81,35 @@ class Normalization:
             if got != len(self.bands):
                 raise ConfigError(f"normalization {name} has {got} entries for {len(self.bands)} bands")
 
+    @classmethod
+    def of_bands(cls, bands: Sequence[BandLike]) -> Normalization:
+        """Statistics of a sensor's bands, in their order."""
+        return cls(
+            bands=tuple(band.name for band in bands),
+            scale=tuple(band.scale for band in bands),
+            offset=tuple(band.offset for band in bands),
+            mean=tuple(band.mean for band in bands),
+            std=tuple(band.std for band in bands),
+        )
+
+    @classmethod
+    def of_rgb8(cls, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Normalization:
+        """8-bit red, green and blue, with statistics of numbers in [0, 1]."""
+        return cls(("red", "green", "blue"), (1 / 255,) * 3, (0.0,) * 3, mean, std)
+
+    def select(self, bands: Sequence[str]) -> Normalization:
+        """The statistics of some of the bands, in the order asked for.
+
+        Raises:
+            UnknownNameError: a band that has none here.
+        """
+        for band in bands:
+            if band not in self.bands:
+                raise UnknownNameError("band (give a sensor that has it)", band, self.bands)
+        chosen = [self.bands.index(band) for band in bands]
+        numbers = (tuple(t[k] for k in chosen) for t in (self.scale, self.offset, self.mean, self.std))
+        return Normalization(tuple(bands), *numbers)
+
     def __call__(self, numbers: Tensor, valid: Tensor | None = None) -> Tensor:
         """Normalises a batch; pixels without data become 0, the mean of the training data.
 
@@ -66,6 +131,14 @@ class Normalization:
         return normalized
 
 
+#: What the released weights were trained with. Source: DINOv3 model cards; CHMv2 release.
+NORMALIZATIONS: dict[str, Normalization] = {
+    "web": Normalization.of_rgb8((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "sat": Normalization.of_rgb8((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
+    "chmv2": Normalization.of_rgb8((0.420, 0.411, 0.296), (0.213, 0.156, 0.143)),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class BackboneCard:
     """What one must know to use a backbone's weights.
@@ -81,6 +154,7 @@ class BackboneCard:
         recipe: how the weights were trained: configuration, steps, commit.
         scores: measured, each with the command that gives it.
         notes: limits that a user should know.
+        architecture: settings of the network that differ from the variant and that its tensors do not tell.
     """
 
     name: str
@@ -93,6 +167,7 @@ class BackboneCard:
     recipe: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     notes: str = ""
+    architecture: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The card as indented JSON text."""

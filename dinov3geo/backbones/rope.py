@@ -46,8 +46,8 @@ def rotation_periods(head_dim: int, base: float, *, rounded: bool, device: torch
 class RotaryEmbedding:
     """Rotation tables for the patches of one attention head.
 
-    Tables for evaluation are cached per grid and device; in training every call draws a new scale of
-    the coordinates, so that the network meets boxes of several sizes.
+    Tables for evaluation are cached per grid and device; in training every call moves and scales the
+    coordinates anew, so that the network meets boxes of several places and sizes.
     """
 
     def __init__(
@@ -56,14 +56,21 @@ class RotaryEmbedding:
         *,
         base: float = 100.0,
         rescale: float | None = 2.0,
+        shift: float | None = None,
+        jitter: float | None = None,
         rounded_periods: bool = False,
     ) -> None:
         """Keeps the settings.
 
+        In training every call moves the coordinates: first a shift per axis, then a jitter per axis, then one
+        rescaling of both. None switches each off.
+
         Args:
             head_dim: channels per attention head, a multiple of 4.
             base: ratio of the longest to the shortest period.
-            rescale: in training, coordinates are multiplied by exp(U(-ln r, ln r)); None switches it off.
+            rescale: coordinates are multiplied by exp(U(-ln r, ln r)).
+            shift: U(-s, s) is added.
+            jitter: coordinates are multiplied by exp(U(-ln j, ln j)).
             rounded_periods: see `rotation_periods`.
 
         Raises:
@@ -74,8 +81,15 @@ class RotaryEmbedding:
         self.head_dim = head_dim
         self.base = base
         self.rescale = rescale
+        self.shift = shift
+        self.jitter = jitter
         self.rounded_periods = rounded_periods
         self._cache: dict[tuple[tuple[int, int], int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def draws(self) -> bool:
+        """Whether the coordinates move in training."""
+        return not (self.rescale is None and self.shift is None and self.jitter is None)
 
     def tables(
         self, grid_hw: tuple[int, int], *, num_prefix: int, training: bool, like: Tensor
@@ -92,8 +106,11 @@ class RotaryEmbedding:
             cos and sin, each [num_prefix + N, head_dim]; the first half of sin is negative, so that
             `x * cos + half_swap(x) * sin` is the rotation.
         """
-        if training and self.rescale is not None:
+        if training and self.draws:
             return self._build(grid_hw, num_prefix, like, draw=True)
+        if _is_traced():
+            # Sizes may be symbols there, and tables of a cache would become constants of one size.
+            return self._build(grid_hw, num_prefix, like, draw=False)
         key = (grid_hw, num_prefix, like.device, like.dtype)
         if key not in self._cache:
             if len(self._cache) >= _TABLES_KEPT:
@@ -107,9 +124,8 @@ class RotaryEmbedding:
         self, grid_hw: tuple[int, int], num_prefix: int, like: Tensor, *, draw: bool
     ) -> tuple[Tensor, Tensor]:
         coordinates = patch_coordinates(grid_hw, device=like.device)
-        if draw and self.rescale is not None:
-            span = math.log(self.rescale)
-            coordinates = coordinates * torch.empty(1, device=like.device).uniform_(-span, span).exp()
+        if draw:
+            coordinates = self._move(coordinates)
         periods = rotation_periods(self.head_dim, self.base, rounded=self.rounded_periods, device=like.device)
         angles = (2 * math.pi * coordinates[:, :, None] / periods).flatten(1)  # [N, head_dim / 2]
         cos, sin = angles.cos(), angles.sin()
@@ -119,6 +135,23 @@ class RotaryEmbedding:
         )
         cos, sin = torch.cat([prefix_cos, cos]), torch.cat([prefix_sin, sin])
         return torch.cat([cos, cos], 1).to(like.dtype), torch.cat([-sin, sin], 1).to(like.dtype)
+
+    def _move(self, coordinates: Tensor) -> Tensor:
+        def drawn(span: float, count: int) -> Tensor:
+            return torch.empty(count, device=coordinates.device).uniform_(-span, span)
+
+        if self.shift is not None:
+            coordinates = coordinates + drawn(self.shift, 2)
+        if self.jitter is not None:
+            coordinates = coordinates * drawn(math.log(self.jitter), 2).exp()
+        if self.rescale is not None:
+            coordinates = coordinates * drawn(math.log(self.rescale), 1).exp()
+        return coordinates
+
+
+def _is_traced() -> bool:
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return torch.compiler.is_compiling() or bool(tracing)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -133,4 +166,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         As x.
     """
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([second, first], dim=-1) * sin
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return x * cos + torch.cat([second, first], dim=-1) * sin
+    # Without gradients the sum is built in place: half the time, no copy of the swapped halves.
+    half = first.shape[-1]
+    rotated = x * cos
+    rotated[..., :half].addcmul_(second, sin[..., :half])
+    rotated[..., half:].addcmul_(first, sin[..., half:])
+    return rotated

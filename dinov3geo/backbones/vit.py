@@ -6,7 +6,7 @@ Source: Siméoni et al. 2025 (DINOv3), appendix on architectures.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3geo.backbones.card import BackboneCard
+from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.features import Features
 from dinov3geo.backbones.rope import RotaryEmbedding, rotate
+
+# Attention scores that may be held at once where the fused kernel is slow: 64 MiB of bfloat16.
+_MAX_SCORES = 2**25
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class VitConfig:
         rope_base: see `RotaryEmbedding`.
         rope_rescale: see `RotaryEmbedding`.
         rope_rounded_periods: see `RotaryEmbedding`.
+        rope_shift: see `RotaryEmbedding`.
+        rope_jitter: see `RotaryEmbedding`.
         drop_path: share of the batch that skips a residual branch in training, the same at every depth.
     """
 
@@ -57,6 +62,8 @@ class VitConfig:
     rope_base: float = 100.0
     rope_rescale: float | None = 2.0
     rope_rounded_periods: bool = False
+    rope_shift: float | None = None
+    rope_jitter: float | None = None
     drop_path: float = 0.0
 
 
@@ -87,12 +94,15 @@ class Attention(nn.Module):
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention, [B, H, T, dh] each."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        batch, heads, length, _ = query.shape
         # Measured with torch 2.14: the fused CPU kernel's bfloat16 backward takes 4 to 9 times as long
-        # as these three operations (B 128, T 54; B 384, T 14), forward included.
-        scores = (query * query.shape[-1] ** -0.5) @ key.mT
-        mixed: Tensor = scores.softmax(-1) @ value
-        return mixed
+        # as these three operations (B 128, T 54; B 384, T 14), forward included. Without gradients they
+        # are 1.2 to 2.4 times as fast while the scores fit (T 201, T 1029), and no faster at T 4101.
+        if query.requires_grad or batch * heads * length**2 <= _MAX_SCORES:
+            scores = (query * query.shape[-1] ** -0.5) @ key.mT
+            mixed: Tensor = scores.softmax(-1) @ value
+            return mixed
     return F.scaled_dot_product_attention(query, key, value)
 
 
@@ -123,7 +133,10 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        output: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        if torch.is_grad_enabled():
+            output: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        else:
+            output = self.down(F.silu(self.gate(x), inplace=True).mul_(self.up(x)))
         return output
 
 
@@ -143,40 +156,38 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.full((dim,), config.layer_scale))
 
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        output: Tensor = self.scale1 * self.attention(self.norm1(x), cos, sin)
+        output: Tensor = self.attention(self.norm1(x), cos, sin)
         return output
 
     def _feed(self, x: Tensor) -> Tensor:
-        output: Tensor = self.scale2 * self.ffn(self.norm2(x))
+        output: Tensor = self.ffn(self.norm2(x))
         return output
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         batch = x.shape[0]
+        if not (self.training and self.drop_path) or batch == 1:
+            x = torch.addcmul(x, self._attend(x, cos, sin), self.scale1)
+            return torch.addcmul(x, self._feed(x), self.scale2)
         kept = max(int(batch * (1 - self.drop_path)), 1)
-        if not self.training or kept == batch:
-            x = x + self._attend(x, cos, sin)
-            return x + self._feed(x)
         # Only the kept images run through a branch: it costs less, and the sum keeps its expectation.
         chosen = torch.randperm(batch, device=x.device)[:kept]
-        x = x.index_add(0, chosen, self._attend(x[chosen], cos, sin), alpha=batch / kept)
+        x = x.index_add(0, chosen, self.scale1 * self._attend(x[chosen], cos, sin), alpha=batch / kept)
         chosen = torch.randperm(batch, device=x.device)[:kept]
-        return x.index_add(0, chosen, self._feed(x[chosen]), alpha=batch / kept)
+        return x.index_add(0, chosen, self.scale2 * self._feed(x[chosen]), alpha=batch / kept)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """Images to `Features`.
 
     Attributes:
         config: the shape.
-        card: what is known of the weights, or None for weights that nobody described.
     """
 
     def __init__(self, config: VitConfig) -> None:
         """Builds and initialises the network."""
         super().__init__()
         self.config = config
-        self.card: BackboneCard | None = None
         dim = config.embed_dim
         self.patch_embed = nn.Conv2d(config.in_channels, dim, config.patch_size, config.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -186,6 +197,8 @@ class VisionTransformer(nn.Module):
             dim // config.num_heads,
             base=config.rope_base,
             rescale=config.rope_rescale,
+            shift=config.rope_shift,
+            jitter=config.rope_jitter,
             rounded_periods=config.rope_rounded_periods,
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
@@ -250,8 +263,9 @@ class VisionTransformer(nn.Module):
             ValueError: the images have another number of bands than the network.
         """
         tokens, grid_hw = self._embed(images, patch_masks)
+        tables = self._rotations(tokens, grid_hw)
         for block in self.blocks:
-            tokens = block(tokens, *self._rotation(tokens, grid_hw))
+            tokens = block(tokens, *next(tables))
         return self._features(tokens, grid_hw, local_crops=local_crops)
 
     def intermediate(self, images: Tensor, blocks: Sequence[int]) -> list[Features]:
@@ -267,37 +281,34 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: a block number that the network does not have, or not increasing.
         """
-        wanted = list(blocks)
-        if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 0 or wanted[-1] >= self.num_blocks:
-            raise ValueError(f"blocks must increase within 0..{self.num_blocks - 1}, got {wanted}")
+        wanted = self._check_blocks(blocks)
         tokens, grid_hw = self._embed(images, None)
+        tables = self._rotations(tokens, grid_hw)
         collected = []
         for number, block in enumerate(self.blocks[: wanted[-1] + 1]):
-            tokens = block(tokens, *self._rotation(tokens, grid_hw))
+            tokens = block(tokens, *next(tables))
             if number in wanted:
                 collected.append(self._features(tokens, grid_hw, local_crops=False))
         return collected
 
     def _embed(self, images: Tensor, patch_masks: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(
-                f"expected images [B, {self.in_channels}, H, W], got {list(images.shape)}; "
-                f"the backbone has {self.in_channels} input bands"
-            )
-        pad_bottom, pad_right = (-images.shape[2]) % self.patch_size, (-images.shape[3]) % self.patch_size
-        if pad_bottom or pad_right:
-            images = F.pad(images, (0, pad_right, 0, pad_bottom), mode="replicate")
-        grid = self.patch_embed(images)  # [B, D, h, w]
+        grid = self.patch_embed(self._fit(images))  # [B, D, h, w]
         # The residual stream keeps the weights' precision, also under autocast.
         patches = grid.flatten(2).transpose(1, 2).to(self.cls_token.dtype)
         if patch_masks is not None:
             patches = torch.where(patch_masks[..., None], self.mask_token.to(patches.dtype), patches)
         prefix = torch.cat([self.cls_token, self.register_tokens], dim=1).to(patches.dtype)
-        tokens = torch.cat([prefix.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1)
         return tokens, (grid.shape[2], grid.shape[3])
 
-    def _rotation(self, tokens: Tensor, grid_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        return self.rope.tables(grid_hw, num_prefix=self.num_prefix, training=self.training, like=tokens)
+    def _rotations(self, like: Tensor, grid_hw: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tables for block after block: in training each draws its own."""
+        training = self.training and self.rope.draws
+        while True:
+            tables = self.rope.tables(grid_hw, num_prefix=self.num_prefix, training=training, like=like)
+            yield tables
+            while not training:
+                yield tables
 
     def _features(self, tokens: Tensor, grid_hw: tuple[int, int], *, local_crops: bool) -> Features:
         normed = self.norm(tokens)

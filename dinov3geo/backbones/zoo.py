@@ -3,112 +3,282 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dinov3geo.backbones.card import BackboneCard
+from dinov3geo.backbones.base import Backbone
+from dinov3geo.backbones.card import NORMALIZATIONS, BackboneCard, Normalization, SensorLike
+from dinov3geo.backbones.convert import Checkpoint, to_ours
+from dinov3geo.backbones.convnext import ConvNext, ConvNextConfig
+from dinov3geo.backbones.stems import adapt_stem, needs_choice
+from dinov3geo.backbones.store import (
+    HF_CONFIG,
+    HF_INDEX,
+    HF_PROCESSOR,
+    HF_WEIGHTS,
+    PICKLES,
+    read_json,
+    read_weights,
+    write_text,
+)
+from dinov3geo.backbones.store import read_tensors as read_tensors
+from dinov3geo.backbones.store import write_tensors as write_tensors
+from dinov3geo.backbones.variants import VARIANTS as VARIANTS
+from dinov3geo.backbones.variants import Config, build_network, variant_of
+from dinov3geo.backbones.variants import build_backbone as build_backbone
+from dinov3geo.backbones.variants import build_vit as build_vit
 from dinov3geo.backbones.vit import VisionTransformer, VitConfig
 from dinov3geo.errors import ConfigError, DataError, UnknownNameError
-
-# Source: DINOv3 paper, table of the model family; tiny is ours (the shape that timm calls ViT-Ti).
-VARIANTS: dict[str, VitConfig] = {
-    "vit_tiny": VitConfig(192, 12, 3, "mlp", 768),
-    "vit_small": VitConfig(384, 12, 6, "mlp", 1536),
-    "vit_small_plus": VitConfig(384, 12, 6, "swiglu", 1536),
-    "vit_base": VitConfig(768, 12, 12, "mlp", 3072),
-    "vit_large": VitConfig(1024, 24, 16, "mlp", 4096),
-    "vit_large_plus": VitConfig(1024, 24, 16, "swiglu", 4096),
-    "vit_huge_plus": VitConfig(1280, 32, 20, "swiglu", 5120),
-    "vit_7b": VitConfig(4096, 40, 32, "swiglu", 8192, qkv_bias=False, local_cls_norm=True),
-}
 
 _WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 BUNDLED: dict[str, Path] = {"vit-tiny-aerial": _WEIGHTS_FOLDER / "vit_tiny_aerial.safetensors"}
 DEFAULT_BACKBONE = "vit-tiny-aerial"
 RUN_EXPORT = "backbone.safetensors"
 
+# What a card must say, because the tensors do not.
+_UNSEEN = ("norm_eps", "rope_base", "rope_rescale", "rope_rounded_periods", "rope_shift", "rope_jitter")
 
-def build_backbone(
-    variant: str,
+
+def load_backbone(
+    name_or_path: str | Path = DEFAULT_BACKBONE,
     *,
-    in_channels: int = 3,
-    patch_size: int = 16,
-    drop_path: float = 0.0,
-    num_registers: int = 4,
-    layer_scale: float = 1e-5,
-) -> VisionTransformer:
-    """An untrained network of a named shape.
-
-    Args:
-        variant: a name in `VARIANTS`.
-        in_channels: bands.
-        patch_size: pixels.
-        drop_path: stochastic depth in training.
-        num_registers: register tokens.
-        layer_scale: initial factor of every residual branch.
-
-    Raises:
-        UnknownNameError: no such variant.
-    """
-    if variant not in VARIANTS:
-        raise UnknownNameError("backbone variant", variant, VARIANTS)
-    config = dataclasses.replace(
-        VARIANTS[variant],
-        in_channels=in_channels,
-        patch_size=patch_size,
-        drop_path=drop_path,
-        num_registers=num_registers,
-        layer_scale=layer_scale,
-    )
-    return VisionTransformer(config)
-
-
-def load_backbone(name_or_path: str | Path = DEFAULT_BACKBONE) -> VisionTransformer:
+    bands: Sequence[str] | None = None,
+    sensor: SensorLike | None = None,
+    normalization: Normalization | str | None = None,
+    stem: str | None = None,
+) -> Backbone:
     """A frozen backbone with its card, in evaluation mode on the CPU.
 
     Args:
-        name_or_path: a bundled name, the folder of a pretraining run, or a .safetensors file that has
-            its card beside it (same name, .json).
+        name_or_path: a bundled name, the folder of a pretraining run, a .safetensors file, an official .pth
+            (backbone, or training checkpoint with a teacher), or a Hugging Face folder. Dialect and variant
+            are recognised from the tensors.
+        bands: in the order of the images to come; None for those of the weights, or of the sensor.
+        sensor: gives the statistics of the bands; needed for bands that the weights do not know.
+        normalization: statistics, or a name in `card.NORMALIZATIONS`; None for what the checkpoint tells.
+        stem: how to adapt the first convolution to other bands, see `stems.adapt_stem`.
 
     Returns:
         The network; its call takes normalised images (`backbone.card.normalization`).
 
     Raises:
-        UnknownNameError: neither a bundled name nor an existing path.
-        ConfigError: the card is missing or incomplete.
+        UnknownNameError: neither a bundled name nor an existing path; no such normalization or band.
+        ConfigError: the card is missing or incomplete; other bands, but not how to adapt the stem.
         DataError: the weights do not fill the network exactly, or the file is damaged.
     """
+    opened = open_checkpoint(name_or_path, bands=bands, sensor=sensor, normalization=normalization, stem=stem)
+    backbone = build_network(opened.config)
+    check_complete(backbone.state_dict(), opened.tensors, source=opened.path)
+    backbone.load_state_dict({name: tensor.to(torch.float32) for name, tensor in opened.tensors.items()})
+    backbone.card = opened.card
+    return backbone.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """Weights that were read and understood, but not yet put into a network.
+
+    Attributes:
+        path: where they lie.
+        dialect: of the file.
+        config: the shape, with the bands wanted.
+        tensors: in this library's names and the file's dtype.
+        card: that came with them, or was made for them.
+        dropped: names that this library has no use for.
+    """
+
+    path: Path
+    dialect: str
+    config: Config
+    tensors: dict[str, Tensor]
+    card: BackboneCard
+    dropped: tuple[str, ...]
+
+
+def open_checkpoint(
+    name_or_path: str | Path,
+    *,
+    bands: Sequence[str] | None = None,
+    sensor: SensorLike | None = None,
+    normalization: Normalization | str | None = None,
+    stem: str | None = None,
+) -> OpenedCheckpoint:
+    """Reads weights of any dialect; arguments and errors as in `load_backbone`."""
     path = locate_weights(name_or_path)
+    checkpoint = to_ours(read_weights(path))
+    if checkpoint.dialect == "ours":
+        card = _read_card(path)
+        config = _carded_config(card, checkpoint.config)
+    else:
+        config = _folder_config(path, checkpoint.config)
+        card = foreign_card(path, checkpoint, config)
+    if normalization is not None:
+        card = dataclasses.replace(card, normalization=find_normalization(normalization))
+    tensors = dict(checkpoint.tensors)
+    card = adapt_bands(tensors, card, bands=bands, sensor=sensor, stem=stem)
+    config = dataclasses.replace(config, in_channels=len(card.normalization.bands))
+    return OpenedCheckpoint(path, checkpoint.dialect, config, tensors, card, checkpoint.dropped)
+
+
+def find_normalization(name: Normalization | str) -> Normalization:
+    """Statistics by name.
+
+    Raises:
+        UnknownNameError: no such name.
+    """
+    if isinstance(name, Normalization):
+        return name
+    if name not in NORMALIZATIONS:
+        raise UnknownNameError("normalization", name, NORMALIZATIONS)
+    return NORMALIZATIONS[name]
+
+
+def adapt_bands(
+    tensors: dict[str, Tensor],
+    card: BackboneCard,
+    *,
+    bands: Sequence[str] | None,
+    sensor: SensorLike | None,
+    stem: str | None,
+) -> BackboneCard:
+    """Changes the first convolution, in `tensors`, to the bands wanted; arguments as in `load_backbone`.
+
+    Returns:
+        The card with the new bands, their statistics and, where kernels were made up, the choice.
+
+    Raises:
+        ConfigError: see `load_backbone`.
+        UnknownNameError: a band that neither the sensor nor the weights know.
+    """
+    known = card.normalization
+    first = "patch_embed.weight" if "patch_embed.weight" in tensors else "stem.conv.weight"
+    if tensors[first].shape[1] != len(known.bands):
+        raise ConfigError(
+            f"the weights take {tensors[first].shape[1]} bands, but their statistics are of "
+            f"{len(known.bands)} ({', '.join(known.bands)}); give normalization"
+        )
+    if bands is None and sensor is None:
+        return card
+    names = tuple(bands) if bands is not None else tuple(band.name for band in _bands(sensor, None))
+    tensors[first] = adapt_stem(tensors[first], known.bands, names, how=stem)
+    statistics = known.select(names) if sensor is None else Normalization.of_bands(_bands(sensor, names))
+    recipe = dict(card.recipe)
+    if needs_choice(known.bands, names):
+        recipe["stem"] = {"how": stem, "from": list(known.bands), "to": list(names)}
+    return dataclasses.replace(card, normalization=statistics, recipe=recipe)
+
+
+def _bands(sensor: SensorLike | None, names: Sequence[str] | None) -> Sequence[Any]:
+    assert sensor is not None
+    return sensor.select(names)
+
+
+def foreign_card(path: Path, checkpoint: Checkpoint, config: Config) -> BackboneCard:
+    """A card for weights that came without one; the normalisation is what the checkpoint tells.
+
+    Raises:
+        DataError: no variant has this shape.
+    """
+    variant = variant_of(config)
+    name, why = _recognise_normalization(path, variant, checkpoint)
+    return BackboneCard(
+        name=path.stem,
+        variant=variant,
+        patch_size=config.patch_size if isinstance(config, VitConfig) else config.stride,
+        normalization=NORMALIZATIONS[name],
+        recipe={"dialect": checkpoint.dialect, "normalization": name},
+        notes=f"Normalisation '{name}' {why}.",
+        architecture=_architecture(config, variant),
+    )
+
+
+def _recognise_normalization(path: Path, variant: str, checkpoint: Checkpoint) -> tuple[str, str]:
+    if variant == "vit_large" and "local_norm.weight" in checkpoint.tensors:
+        return "sat", "recognised by the norm of local crops, which only the satellite ViT-L has"
+    processor = path / HF_PROCESSOR
+    if processor.is_file():
+        mean = tuple(read_json(processor).get("image_mean", ()))
+        for name, known in NORMALIZATIONS.items():
+            if mean == known.mean:
+                return name, f"read from {HF_PROCESSOR}"
+    return "web", "assumed; name another one if the weights are of satellite images"
+
+
+def _folder_config(path: Path, config: Config) -> Config:
+    """Settings from the config.json of a Hugging Face folder that the tensors do not tell.
+
+    Raises:
+        DataError: the file contradicts the tensors.
+    """
+    if not (path.is_dir() and (path / HF_CONFIG).is_file()):
+        return config
+    fields = read_json(path / HF_CONFIG)
+    try:
+        eps = float(fields.get("layer_norm_eps", config.norm_eps))
+        if isinstance(config, ConvNextConfig):
+            return dataclasses.replace(config, norm_eps=eps)
+        heads = int(fields.get("num_attention_heads", config.num_heads))
+        base = float(fields.get("rope_theta", config.rope_base))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path / HF_CONFIG} has a value that is no number ({error})") from error
+    if heads != config.num_heads:
+        raise DataError(
+            f"{path / HF_CONFIG} says {heads} heads for width {config.embed_dim}, expected {config.num_heads}"
+        )
+    return dataclasses.replace(config, norm_eps=eps, rope_base=base)
+
+
+def _read_card(path: Path) -> BackboneCard:
     card_path = path.with_suffix(".json")
     if not card_path.is_file():
         raise ConfigError(
             f"{path} has no card beside it; expected {card_path.name}, written with the weights"
         )
-    card = BackboneCard.read(card_path)
-    tensors = read_tensors(path)
-    registers = tensors.get("register_tokens")
-    backbone = build_backbone(
-        card.variant,
-        in_channels=len(card.normalization.bands),
-        patch_size=card.patch_size,
-        num_registers=0 if registers is None else registers.shape[1],
-    )
-    _fill(backbone, tensors, source=path)
-    backbone.card = card
-    return backbone.eval().requires_grad_(False)
+    return BackboneCard.read(card_path)
+
+
+def _carded_config(card: BackboneCard, found: Config) -> Config:
+    """The shape that the card names, with the optional parts that the tensors show."""
+    if card.variant not in VARIANTS:
+        raise UnknownNameError("backbone variant in the card", card.variant, VARIANTS)
+    named = VARIANTS[card.variant]
+    unknown = card.architecture.keys() - set(_UNSEEN)
+    if unknown:
+        raise ConfigError(
+            f"the card's architecture has unknown settings {sorted(unknown)}; known: {', '.join(_UNSEEN)}"
+        )
+    changes = dict(card.architecture)
+    if isinstance(named, VitConfig):
+        changes["patch_size"] = card.patch_size
+        if isinstance(found, VitConfig):
+            changes |= {
+                "num_registers": found.num_registers,
+                "qkv_bias": found.qkv_bias,
+                "local_cls_norm": found.local_cls_norm,
+            }
+    return dataclasses.replace(named, **changes)
+
+
+def _architecture(config: Config, variant: str) -> dict[str, Any]:
+    usual = VARIANTS.get(variant)
+    found = {name: getattr(config, name) for name in _UNSEEN if hasattr(config, name)}
+    return {name: value for name, value in found.items() if value != getattr(usual, name, value)}
 
 
 def locate_weights(name_or_path: str | Path) -> Path:
-    """The .safetensors file behind a name, a run's folder or a path.
+    """The weights behind a name, a run's folder or a path.
+
+    Returns:
+        A file, or a folder in the layout of Hugging Face.
 
     Raises:
         UnknownNameError: nothing of the kind.
-        DataError: a folder without exported weights, or a file of another type.
+        DataError: a folder without weights, or a file of another type.
     """
     bundled = BUNDLED.get(str(name_or_path))
     if bundled is not None:
@@ -117,64 +287,54 @@ def locate_weights(name_or_path: str | Path) -> Path:
     if path.is_dir():
         if (path / RUN_EXPORT).is_file():
             return path / RUN_EXPORT
-        raise DataError(f"{path} holds no {RUN_EXPORT}; give the output folder of a `dinov3geo pretrain` run")
+        if (path / HF_WEIGHTS).is_file() or (path / HF_INDEX).is_file():
+            return path
+        raise DataError(
+            f"{path} holds neither {RUN_EXPORT} nor {HF_WEIGHTS}; give the output folder of a "
+            "`dinov3geo pretrain` run or a Hugging Face folder"
+        )
     if not path.is_file():
         raise UnknownNameError("backbone", str(name_or_path), BUNDLED)
-    if path.suffix != ".safetensors":
-        raise DataError(f"{path} is not a .safetensors file; only safetensors weights are read")
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise DataError(f"{path} is no file of weights; expected .safetensors, {', '.join(PICKLES)}")
     return path
 
 
 def save_backbone(
-    path: Path, backbone: VisionTransformer, card: BackboneCard, *, dtype: torch.dtype = torch.float32
+    path: Path, backbone: Backbone, card: BackboneCard, *, dtype: torch.dtype = torch.float32
 ) -> None:
     """Writes weights and card; both appear under their names only when whole.
 
     Args:
         path: of the .safetensors file; the card gets the suffix .json.
         backbone: in any dtype, on any device.
-        card: what a user must know.
+        card: what a user must know; settings of the network that its tensors do not tell are added.
         dtype: in which the weights are written; they are read back as float32.
     """
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in backbone.state_dict().items()
     }
+    if isinstance(backbone, VisionTransformer | ConvNext):
+        card = dataclasses.replace(card, architecture=_architecture(backbone.config, card.variant))
     write_tensors(path, tensors)
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(card.to_json(), encoding="utf-8")
-    os.replace(temporary, path.with_suffix(".json"))
+    write_text(path.with_suffix(".json"), card.to_json())
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file under a temporary name, flushes it to disk and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary)
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(temporary, path)
+def check_complete(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, source: Path) -> None:
+    """Every tensor has its place, and every place its tensor.
 
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    Args:
+        expected: state dict of the network.
+        tensors: in this library's names.
+        source: for messages.
 
     Raises:
-        DataError: the file is damaged or of another type.
+        DataError: what is left on both sides, and shapes that differ.
     """
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a readable safetensors file ({error}); was it cut short?") from error
-
-
-def _fill(backbone: VisionTransformer, tensors: dict[str, Tensor], *, source: Path) -> None:
-    expected = backbone.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     shapes = [n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape]
     if missing or extra or shapes:
         raise DataError(
-            f"{source} does not fit the variant in its card: {len(missing)} tensors missing {missing[:3]}, "
+            f"{source} does not fit its variant: {len(missing)} tensors missing {missing[:3]}, "
             f"{len(extra)} not expected {extra[:3]}, {len(shapes)} of another shape {sorted(shapes)[:3]}"
         )
-    backbone.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})

@@ -20,7 +20,7 @@ from dinov3geo.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from dinov3geo.backbones.vit import VisionTransformer
+    from dinov3geo.backbones import base
 
 show = typer.Typer(help="Draw pictures of features and heights.", no_args_is_help=True)
 
@@ -137,7 +137,7 @@ def show_heights(
     print_pairs([("picture", str(output))])
 
 
-def _load(name_or_path: str | None, device: str) -> VisionTransformer:
+def _load(name_or_path: str | None, device: str) -> base.Backbone:
     from dinov3geo.backbones.device import resolve_device
     from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinov3geo.backbones.vit import VisionTransformer
+from dinov3geo.backbones.base import Backbone
 from dinov3geo.errors import ConfigError, DataError
 
 NUM_VIEWS = 8
@@ -103,7 +103,7 @@ def pixels_per_patch(patch_size: int, image_scale: float) -> int:
 
 
 def extract_feature_maps(
-    backbone: VisionTransformer,
+    backbone: Backbone,
     numbers: Tensor,
     valid: Tensor | None = None,
     *,

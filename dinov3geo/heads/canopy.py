@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from dinov3geo.backbones.vit import VisionTransformer
+from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.zoo import (
     BUNDLED,
     DEFAULT_BACKBONE,
@@ -140,7 +140,7 @@ class CanopyModel:
         card: what is known of the model; see `save_canopy_model`.
     """
 
-    backbone: VisionTransformer
+    backbone: Backbone
     head: CanopyHead
     blocks: tuple[int, ...]
     image_scale: float
@@ -448,7 +448,7 @@ def _check_free(folder: Path, *, overwrite: bool) -> None:
 
 
 def _card(
-    backbone: VisionTransformer,
+    backbone: Backbone,
     bundled: str | None,
     blocks: tuple[int, ...],
     settings: CanopySettings,

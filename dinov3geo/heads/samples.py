@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3geo.backbones.vit import VisionTransformer
+from dinov3geo.backbones.base import Backbone
 from dinov3geo.data.pairs import HeightPair, PairArrays, load_pair
 from dinov3geo.features.extract import (
     FeatureCache,
@@ -45,7 +45,7 @@ def cell_validity(arrays: PairArrays, factor: int) -> np.ndarray:
 
 def build_samples(
     pairs: Sequence[HeightPair],
-    backbone: VisionTransformer,
+    backbone: Backbone,
     *,
     blocks: Sequence[int],
     image_scale: float,
@@ -99,7 +99,7 @@ def build_samples(
 
 
 def _maps(
-    backbone: VisionTransformer,
+    backbone: Backbone,
     image: Tensor,
     valid: Tensor,
     view: int,

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from rasterio.windows import Window
 
+from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import Normalization
-from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.errors import DataError, RasterError
 from dinov3geo.paths import check_target
 from dinov3geo.rasters.bands import described_bands, find_bands, order_contradicts_colours
@@ -38,7 +38,7 @@ class ModelInput:
     gsd_m: tuple[float, float] | None
 
     @classmethod
-    def of_backbone(cls, backbone: VisionTransformer) -> ModelInput:
+    def of_backbone(cls, backbone: Backbone) -> ModelInput:
         """From the card of a backbone.
 
         Raises:

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from dinov3geo.backbones.vit import VisionTransformer
+from dinov3geo.backbones.base import Backbone
 from dinov3geo.errors import DataError
 from dinov3geo.features.extract import pixels_per_patch
 from dinov3geo.features.visualize import cosine_similarity_map, fit_pca
@@ -41,7 +41,7 @@ _SCALES = (1, 2, 4)
 
 
 def show_pca(
-    scene: str | Path, png: str | Path, *, backbone: VisionTransformer, image_scale: float | None = None
+    scene: str | Path, png: str | Path, *, backbone: Backbone, image_scale: float | None = None
 ) -> None:
     """Draws a scene beside the first three principal components of its patch features.
 
@@ -78,7 +78,7 @@ def show_similarity(
     scene: str | Path,
     png: str | Path,
     *,
-    backbone: VisionTransformer,
+    backbone: Backbone,
     xy: tuple[float, float],
     image_scale: float | None = None,
 ) -> None:
@@ -119,7 +119,7 @@ def show_similarity(
 
 
 @contextmanager
-def _open_scene(scene: Path, backbone: VisionTransformer) -> Iterator[SceneReader]:
+def _open_scene(scene: Path, backbone: Backbone) -> Iterator[SceneReader]:
     """A reader of the backbone's bands, once the numbers are known to suit it."""
     wanted = ModelInput.of_backbone(backbone)
     bands, _ = choose_bands(scene, wanted)
@@ -129,7 +129,7 @@ def _open_scene(scene: Path, backbone: VisionTransformer) -> Iterator[SceneReade
 
 
 def _prepare(
-    grid: PixelGrid, backbone: VisionTransformer, image_scale: float | None
+    grid: PixelGrid, backbone: Backbone, image_scale: float | None
 ) -> tuple[int, TilePlan, RunTiles]:
     """Scene pixels per patch, tiles that the backbone sees at `_TILE` pixels, and the features of a tile."""
     scale = image_scale

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dinov3geo import __version__
-from dinov3geo.backbones.vit import VisionTransformer
+from dinov3geo.backbones.base import Backbone
 from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.features.extract import pixels_per_patch
 from dinov3geo.features.visualize import fit_pca
@@ -178,7 +178,7 @@ def predict_features(
     scene: str | Path,
     output: str | Path,
     *,
-    backbone: VisionTransformer,
+    backbone: Backbone,
     pca: int | None = None,
     image_scale: float = 1.0,
     tile: int = 512,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dinov3geo.backbones.vit import VisionTransformer
+from dinov3geo.backbones.base import Backbone
 from dinov3geo.errors import DataError
 from dinov3geo.features.extract import extract_feature_maps
 from dinov3geo.features.visualize import PcaBasis
@@ -27,7 +27,7 @@ def canopy_runner(model: CanopyModel) -> RunTiles:
     return run
 
 
-def feature_runner(backbone: VisionTransformer, *, image_scale: float = 1.0) -> RunTiles:
+def feature_runner(backbone: Backbone, *, image_scale: float = 1.0) -> RunTiles:
     """Normed patch features [B, D, h / s, w / s] of the last block, s = patch size / image scale."""
     device = _device(backbone)
     last = (backbone.num_blocks - 1,)

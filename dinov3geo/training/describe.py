@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dinov3geo.backbones.device import resolve_device
-from dinov3geo.backbones.zoo import VARIANTS, build_backbone
+from dinov3geo.backbones.variants import build_vit
 from dinov3geo.data.image_folder import ImageFolder
 from dinov3geo.data.mixture import check_bands, network_bands, open_sources
 from dinov3geo.training.checkpoint import locate_checkpoint
@@ -43,7 +43,7 @@ def describe(
     datasets = open_sources(settings.data)
     check_bands(datasets, settings.data)
     with torch.device("meta"):
-        student = build_backbone(
+        student = build_vit(
             settings.model.variant,
             in_channels=len(network_bands(settings.data)),
             patch_size=settings.model.patch_size,
@@ -74,7 +74,7 @@ def describe(
 def count_parameters(settings: TrainSettings) -> tuple[int, int]:
     """Parameters of the backbone and of both heads, counted on the meta device."""
     with torch.device("meta"):
-        backbone = build_backbone(
+        backbone = build_vit(
             settings.model.variant,
             in_channels=len(network_bands(settings.data)),
             patch_size=settings.model.patch_size,
@@ -93,7 +93,8 @@ def _size(module: torch.nn.Module) -> int:
 def tokens_per_image(settings: TrainSettings) -> int:
     """Tokens that the student processes for one image: two global crops and the local ones."""
     crops, patch = settings.crops, settings.model.patch_size
-    prefix = 1 + VARIANTS[settings.model.variant].num_registers
+    with torch.device("meta"):
+        prefix = build_vit(settings.model.variant).num_prefix
     per_global = (crops.global_size // patch) ** 2 + prefix
     per_local = (crops.local_size // patch) ** 2 + prefix
     return 2 * per_global + crops.local_count * per_local
@@ -106,7 +107,7 @@ def memory_bytes(settings: TrainSettings) -> int:
     saved activations of the student, and the logits over prototypes with their gradients.
     """
     with torch.device("meta"):
-        backbone = build_backbone(settings.model.variant)
+        backbone = build_vit(settings.model.variant)
     trained = sum(count_parameters(settings))
     frozen = trained + (0 if settings.gram.anchor is None else _size(backbone))
     width = 2 if settings.precision == "bfloat16" else 4

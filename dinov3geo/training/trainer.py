@@ -18,8 +18,9 @@ from torch import Tensor
 
 from dinov3geo.backbones.card import BackboneCard, Normalization
 from dinov3geo.backbones.device import resolve_device
+from dinov3geo.backbones.variants import build_vit
 from dinov3geo.backbones.vit import VisionTransformer
-from dinov3geo.backbones.zoo import RUN_EXPORT, build_backbone, load_backbone, save_backbone
+from dinov3geo.backbones.zoo import RUN_EXPORT, load_backbone, save_backbone
 from dinov3geo.data.crops import CropMaker
 from dinov3geo.data.mixture import check_bands, chip_loader, network_bands, open_sources
 from dinov3geo.data.scenes import SceneDataset
@@ -102,7 +103,7 @@ def build_recipe(settings: TrainSettings) -> SelfSupervisedRecipe:
         UnknownNameError: no such variant or weights.
     """
     torch.manual_seed(settings.seed)
-    backbone = build_backbone(
+    backbone = build_vit(
         settings.model.variant,
         in_channels=len(network_bands(settings.data)),
         patch_size=settings.model.patch_size,
@@ -126,6 +127,10 @@ def load_anchor(settings: TrainSettings, backbone: VisionTransformer) -> VisionT
             )
         return None
     anchor = load_backbone(settings.gram.anchor)
+    if not isinstance(anchor, VisionTransformer):
+        raise ConfigError(
+            f"gram.anchor {settings.gram.anchor} is no vision transformer; its patches have another grid"
+        )
     assert anchor.card is not None
     if anchor.card.normalization != run_normalization(settings):
         raise ConfigError(

@@ -1,0 +1,124 @@
+"""The architectures by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dinov3geo.backbones.base import Backbone
+from dinov3geo.backbones.convnext import ConvNext, ConvNextConfig
+from dinov3geo.backbones.vit import VisionTransformer, VitConfig
+from dinov3geo.errors import ConfigError, DataError, UnknownNameError
+
+Config = VitConfig | ConvNextConfig
+
+# Source: DINOv3 paper, table of the model family; tiny is ours (the shape that timm calls ViT-Ti). There are
+# no released weights of so400m, huge2 and giant2.
+VARIANTS: dict[str, Config] = {
+    "vit_tiny": VitConfig(192, 12, 3, "mlp", 768),
+    "vit_small": VitConfig(384, 12, 6, "mlp", 1536),
+    "vit_small_plus": VitConfig(384, 12, 6, "swiglu", 1536),
+    "vit_base": VitConfig(768, 12, 12, "mlp", 3072),
+    "vit_large": VitConfig(1024, 24, 16, "mlp", 4096),
+    "vit_large_plus": VitConfig(1024, 24, 16, "swiglu", 4096),
+    "vit_so400m": VitConfig(1152, 27, 18, "mlp", 4352),
+    "vit_huge2": VitConfig(1280, 32, 20, "mlp", 5120),
+    "vit_huge_plus": VitConfig(1280, 32, 20, "swiglu", 5120),
+    "vit_giant2": VitConfig(1536, 40, 24, "mlp", 6144),
+    "vit_7b": VitConfig(4096, 40, 32, "swiglu", 8192, qkv_bias=False, local_cls_norm=True),
+    "convnext_tiny": ConvNextConfig((3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnext_small": ConvNextConfig((3, 3, 27, 3), (96, 192, 384, 768)),
+    "convnext_base": ConvNextConfig((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnext_large": ConvNextConfig((3, 3, 27, 3), (192, 384, 768, 1536)),
+}
+
+
+def build_backbone(
+    variant: str,
+    *,
+    in_channels: int = 3,
+    patch_size: int | None = None,
+    drop_path: float = 0.0,
+    num_registers: int | None = None,
+    layer_scale: float | None = None,
+) -> Backbone:
+    """An untrained network of a named shape.
+
+    Args:
+        variant: a name in `VARIANTS`.
+        in_channels: bands.
+        patch_size: pixels; None for the variant's own. A ConvNeXt has a fixed stride.
+        drop_path: stochastic depth in training.
+        num_registers: register tokens; None for the variant's own. A ConvNeXt has none.
+        layer_scale: initial factor of every residual branch; None for the variant's own.
+
+    Raises:
+        UnknownNameError: no such variant.
+        ConfigError: another stride or registers for a ConvNeXt.
+    """
+    if variant not in VARIANTS:
+        raise UnknownNameError("backbone variant", variant, VARIANTS)
+    config = VARIANTS[variant]
+    changes: dict[str, Any] = {"in_channels": in_channels, "drop_path": drop_path}
+    if layer_scale is not None:
+        changes["layer_scale"] = layer_scale
+    if isinstance(config, VitConfig):
+        chosen = {"patch_size": patch_size, "num_registers": num_registers}
+        changes |= {name: value for name, value in chosen.items() if value is not None}
+    elif patch_size not in (None, config.stride) or num_registers:
+        raise ConfigError(f"{variant} has stride {config.stride} and no registers; leave both out")
+    return build_network(dataclasses.replace(config, **changes))
+
+
+def build_vit(
+    variant: str,
+    *,
+    in_channels: int = 3,
+    patch_size: int = 16,
+    drop_path: float = 0.0,
+    num_registers: int = 4,
+    layer_scale: float = 1e-5,
+) -> VisionTransformer:
+    """An untrained vision transformer, which masked training needs; arguments as in `build_backbone`.
+
+    Raises:
+        UnknownNameError: no such variant, or one of another family.
+    """
+    transformers = [name for name, config in VARIANTS.items() if isinstance(config, VitConfig)]
+    if variant not in transformers:
+        raise UnknownNameError("vision transformer", variant, transformers)
+    backbone = build_backbone(
+        variant,
+        in_channels=in_channels,
+        patch_size=patch_size,
+        drop_path=drop_path,
+        num_registers=num_registers,
+        layer_scale=layer_scale,
+    )
+    assert isinstance(backbone, VisionTransformer)
+    return backbone
+
+
+def build_network(config: Config) -> Backbone:
+    """An untrained network of any shape."""
+    return VisionTransformer(config) if isinstance(config, VitConfig) else ConvNext(config)
+
+
+def variant_of(config: Config) -> str:
+    """The variant of a shape, whatever its bands, patch size, registers and optional parts.
+
+    Raises:
+        DataError: none has this shape.
+    """
+    shape = _shape(config)
+    for name, other in VARIANTS.items():
+        if _shape(other) == shape:
+            return name
+    raise DataError(f"no variant has this shape: {shape}; known are {', '.join(VARIANTS)}")
+
+
+def _shape(config: Config) -> tuple[object, ...]:
+    if isinstance(config, VitConfig):
+        shape = (config.embed_dim, config.num_blocks, config.ffn, config.ffn_hidden)
+        return ("width, blocks, ffn and its width", *shape)
+    return ("depths, widths", config.depths, config.dims)
