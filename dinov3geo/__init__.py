@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dinov3geo.backbones.zoo import load_backbone
     from dinov3geo.heads.canopy import load_canopy_model
+    from dinov3geo.heads.models import load_height_model
     from dinov3geo.predict.products import predict_canopy
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_backbone", "load_canopy_model", "predict_canopy"]
+__all__ = ["__version__", "load_backbone", "load_canopy_model", "load_height_model", "predict_canopy"]
 
 _HOMES = {
     "load_backbone": "dinov3geo.backbones.zoo",
     "load_canopy_model": "dinov3geo.heads.canopy",
+    "load_height_model": "dinov3geo.heads.models",
     "predict_canopy": "dinov3geo.predict.products",
 }
 

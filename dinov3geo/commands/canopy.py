@@ -36,7 +36,8 @@ from dinov3geo.errors import ConfigError
 if TYPE_CHECKING:
     from dinov3geo.evaluation.canopy import CanopyEvaluation
     from dinov3geo.features.extract import FeatureCache
-    from dinov3geo.heads.canopy import CanopyModel, CanopySettings
+    from dinov3geo.heads.base import HeightModel
+    from dinov3geo.heads.canopy import CanopySettings
     from dinov3geo.predict.products import PredictionReport
 
 canopy = typer.Typer(help="Canopy height in metres.", no_args_is_help=True)
@@ -46,8 +47,8 @@ PRODUCT = "canopy_height"
 Model = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME|DIR",
-        help="A name from `dinov3geo models` or a folder written by `canopy fit`.",
+        metavar="NAME|PATH",
+        help="A name from `dinov3geo models`, a folder written by `canopy fit`, or CHMv2.",
         show_default="the starter model",
     ),
 ]
@@ -187,6 +188,14 @@ def predict(
         ),
     ],
     model: Model = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|PATH",
+            help="Satellite ViT-L for a --model that is CHMv2's decoder alone.",
+            show_default=False,
+        ),
+    ] = None,
     tile: Tile = 512,
     overlap: Overlap = 128,
     batch_size: BatchSize = 4,
@@ -212,7 +221,7 @@ def predict(
     for scene, _ in jobs:
         inspect_scene(scene)
     check_files(jobs, pictures, overwrite=overwrite)
-    heights_model = load_model(model, device)
+    heights_model = load_model(model, device, backbone=backbone)
     reports = []
     for (scene, target), picture in zip(jobs, pictures, strict=True):
         with progress_bar(scene.name) as tell:
@@ -391,13 +400,14 @@ def print_reports(reports: Sequence[PredictionReport]) -> None:
     print_table(["heights", "min [m]", "mean [m]", "max [m]", "valid", "time"], rows)
 
 
-def load_model(name_or_folder: str | None, device: str) -> CanopyModel:
-    """The model of a name or folder, or the starter model, on a device.
+def load_model(name_or_path: str | None, device: str, *, backbone: str | None = None) -> HeightModel:
+    """The model of a name, folder or file, or the starter model, on a device.
 
     Raises:
         UserError: no such model or device.
     """
     from dinov3geo.backbones.device import resolve_device
-    from dinov3geo.heads.canopy import DEFAULT_MODEL, load_canopy_model
+    from dinov3geo.heads.canopy import DEFAULT_MODEL
+    from dinov3geo.heads.models import load_height_model
 
-    return load_canopy_model(name_or_folder or DEFAULT_MODEL).to(resolve_device(device))
+    return load_height_model(name_or_path or DEFAULT_MODEL, backbone=backbone).to(resolve_device(device))

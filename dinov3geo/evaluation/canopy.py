@@ -32,8 +32,8 @@ from dinov3geo.evaluation.regression_metrics import (
     RegressionScores,
 )
 from dinov3geo.features.extract import FeatureCache, default_blocks, undo_view
-from dinov3geo.heads.base import Head
-from dinov3geo.heads.canopy import CanopyModel, CanopySettings, fit_canopy_head
+from dinov3geo.heads.base import Head, HeightModel
+from dinov3geo.heads.canopy import CanopySettings, fit_canopy_head
 from dinov3geo.heads.fit import FitSample, predict_cells
 from dinov3geo.heads.samples import StageProgress, build_samples, cell_validity
 
@@ -229,7 +229,7 @@ def evaluate_model(
     images: Spec,
     heights: Spec,
     *,
-    model: CanopyModel,
+    model: HeightModel,
     site_pattern: str = SITE_PATTERN,
     block: int = DEFAULT_BLOCK,
     max_window: int = 512,
@@ -242,7 +242,7 @@ def evaluate_model(
     Args:
         images: folder, glob, file or list of them.
         heights: likewise.
-        model: from `load_canopy_model`.
+        model: from `load_height_model`.
         site_pattern: regular expression that finds the site in an image's file name.
         block: side of the blocks of block R2, in height cells.
         max_window: larger images are predicted in parts, pixels.

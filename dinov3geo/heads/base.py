@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
+
+from dinov3geo.backbones.base import Backbone
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +51,36 @@ class Head(nn.Module):
         Returns:
             [B, K, H, W]; K is 1 for a continuous output in `output.unit`, else class logits.
         """
+
+
+class HeightModel(Protocol):
+    """Everything that turns an image into heights.
+
+    Attributes:
+        backbone: frozen, with a card.
+        card: what is known of the model.
+    """
+
+    backbone: Backbone
+    card: dict[str, Any]
+
+    @property
+    def output(self) -> OutputSpec:
+        """What the numbers mean."""
+
+    def predict(self, numbers: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Heights of each pixel.
+
+        Args:
+            numbers: [B, C, H, W] as the file holds them, on the model's device.
+            valid: [B, H, W] bool, or None if all pixels hold data.
+
+        Returns:
+            [B, 1, H, W] float32 metres; heights where `valid` is false mean nothing.
+
+        Raises:
+            DataError: another number of bands than the backbone takes.
+        """
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves everything in place and returns the model."""

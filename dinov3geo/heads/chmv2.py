@@ -30,6 +30,8 @@ from dinov3geo.heads.base import Head, OutputSpec
 
 CANOPY_HEIGHT = OutputSpec("canopy_height", unit="m", minimum=0.0, maximum=96.0)
 BLOCKS = (5, 11, 17, 23)
+# Of the images it was trained on: Maxar Vivid2 and NAIP.
+GSD_M = (0.597, 0.6)
 _MINIMUM, _MAXIMUM = 1e-3, 96.0
 # The released bins are those of an eighth of the range, and what they expect is multiplied by 8.
 _RANGE_FACTOR = 8.0
@@ -226,8 +228,6 @@ class Chmv2Model:
     head: Chmv2Head
     blocks: tuple[int, ...] = BLOCKS
     card: dict[str, Any] = field(default_factory=dict)
-    image_scale: float = 1.0
-    views: int = 1
 
     @property
     def output(self) -> OutputSpec:
@@ -283,20 +283,48 @@ def load_chmv2(path: Path, *, backbone: str | Path | None = None) -> Chmv2Model:
         DataError: tensors are missing, left over or of another shape; all are listed.
         UnknownNameError: the backbone is not there.
     """
-    tensors = read_weights(path)
-    inner = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
-    outer = {n.removeprefix("head."): t for n, t in tensors.items() if not n.startswith("backbone.")}
-    head = build_chmv2_head(outer, source=path)
+    head, inner = _read_parts(path)
     if inner:
         network = _inner_backbone(inner, path)
     elif backbone is None:
-        raise ConfigError(f"{path} holds the decoder only; name the weights of the satellite ViT-L too")
+        raise ConfigError(
+            f"{path} holds the decoder only; name the weights of the satellite ViT-L too (--backbone)"
+        )
     else:
         network = load_backbone(backbone, normalization="chmv2")
     if network.embed_dim != head.shape.dim:
         raise DataError(f"the decoder reads width {head.shape.dim}, the backbone has {network.embed_dim}")
     blocks = _blocks(path, network.num_blocks)
-    return Chmv2Model(network, head, blocks, {"name": "CHMv2", "source": path.name, "blocks": list(blocks)})
+    assert network.card is not None
+    card = _card(path, head) | {
+        "backbone": {"name": network.card.name, "variant": network.card.variant},
+        "blocks": list(blocks),
+    }
+    return Chmv2Model(network, head, blocks, card)
+
+
+def describe_chmv2(path: Path) -> dict[str, Any]:
+    """The card of the released model, once every tensor has found its place; errors as in `load_chmv2`."""
+    head, inner = _read_parts(path)
+    return load_chmv2(path).card if inner else _card(path, head) | {"backbone": "to be named beside it"}
+
+
+def _read_parts(path: Path) -> tuple[Chmv2Head, dict[str, Tensor]]:
+    """The decoder, and the tensors of the backbone beside it, if any."""
+    tensors = read_weights(path)
+    inner = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+    outer = {n.removeprefix("head."): t for n, t in tensors.items() if not n.startswith("backbone.")}
+    return build_chmv2_head(outer, source=path), inner
+
+
+def _card(path: Path, head: Chmv2Head) -> dict[str, Any]:
+    return {
+        "name": "CHMv2",
+        "source": path.name,
+        "decoder": dataclasses.asdict(head.shape),
+        "output": dataclasses.asdict(head.output),
+        "gsd_m": list(GSD_M),
+    }
 
 
 def build_chmv2_head(tensors: Mapping[str, Tensor], *, source: Path) -> Chmv2Head:

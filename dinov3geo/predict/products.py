@@ -15,7 +15,7 @@ from dinov3geo.backbones.base import Backbone
 from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.features.extract import pixels_per_patch
 from dinov3geo.features.visualize import fit_pca
-from dinov3geo.heads.canopy import CanopyModel
+from dinov3geo.heads.base import HeightModel
 from dinov3geo.paths import check_target
 from dinov3geo.predict.checks import (
     ModelInput,
@@ -99,7 +99,7 @@ def predict_canopy(
     scene: str | Path,
     output: str | Path,
     *,
-    model: CanopyModel,
+    model: HeightModel,
     tile: int = 512,
     overlap: int = 128,
     batch_size: int = 4,
@@ -364,7 +364,7 @@ def _write_rows(
     return statistics
 
 
-def _canopy_input(model: CanopyModel, name: str) -> ModelInput:
+def _canopy_input(model: HeightModel, name: str) -> ModelInput:
     """Bands of the backbone, GSD of the heights' training where the card tells it."""
     backbone = ModelInput.of_backbone(model.backbone)
     gsd = model.card.get("gsd_m")

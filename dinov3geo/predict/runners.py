@@ -10,12 +10,12 @@ from dinov3geo.backbones.base import Backbone
 from dinov3geo.errors import DataError
 from dinov3geo.features.extract import extract_feature_maps
 from dinov3geo.features.visualize import PcaBasis
-from dinov3geo.heads.canopy import CanopyModel
+from dinov3geo.heads.base import HeightModel
 from dinov3geo.predict.stream import Array, Floats, Mask, RunTiles, WindowSource, read_tile
 from dinov3geo.rasters.grid import TilePlan
 
 
-def canopy_runner(model: CanopyModel) -> RunTiles:
+def canopy_runner(model: HeightModel) -> RunTiles:
     """Heights [B, 1, h, w] in metres of images [B, C, h, w], on the model's device."""
     device = _device(model.backbone)
 

@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dinov3geo.backbones.variants import VARIANTS
+from dinov3geo.backbones.convert import from_ours, to_ours
+from dinov3geo.backbones.variants import VARIANTS, build_network
 from dinov3geo.backbones.vit import VitConfig
-from dinov3geo.errors import ConfigError, DataError
+from dinov3geo.errors import ConfigError, DataError, UnknownNameError
+from dinov3geo.heads import chmv2
 from dinov3geo.heads.chmv2 import load_chmv2
+from dinov3geo.heads.models import describe_height_model, load_height_model
 
 DIM = 64
 
@@ -91,6 +94,101 @@ def test_equals_transformers_on_a_real_scene(oracle: tuple[nn.Module, Path], osb
     assert float((heights - wanted).abs().max()) < 1e-4
 
 
+def written_heights(scene: Path, output: Path, *words: object) -> Tensor:
+    """What `canopy predict` writes."""
+    import rasterio
+    from typer.testing import CliRunner
+
+    from dinov3geo.cli import app
+
+    command = ["canopy", "predict", scene, "-o", output, "--no-preview", *words]
+    result = CliRunner().invoke(app, [str(word) for word in command], catch_exceptions=False)
+    assert result.exit_code == 0
+    with rasterio.open(output) as raster:
+        return torch.from_numpy(raster.read(1))
+
+
+def check_both_dialects(model: nn.Module, folder: Path, tmp_path: Path, scene: Path) -> None:
+    """The verb against transformers, from its folder and from the files of the release."""
+    import rasterio
+
+    with rasterio.open(scene) as raster:
+        pixels, profile = raster.read(), raster.profile
+    # Transformers knows no nodata: for the comparison, 255 is a number like any other.
+    scene = tmp_path / "plot.tif"
+    with rasterio.open(scene, "w", **profile | {"nodata": None}) as raster:
+        raster.write(pixels)
+    image = torch.from_numpy(pixels)[None]
+    wanted = expected(model, image)[0, 0]
+    assert wanted.std() > 0.01
+    torch.save(official_names(folder), tmp_path / "head.pth")
+    backbone = build_network(to_ours(backbone_tensors(model)).config)
+    backbone.load_state_dict(to_ours(backbone_tensors(model)).tensors)
+    torch.save(from_ours(backbone.state_dict(), backbone.config, "official"), tmp_path / "vitl.pth")
+    released = ("--model", tmp_path / "head.pth", "--backbone", tmp_path / "vitl.pth")
+    for name, words in {"hf": ("--model", folder), "official": released}.items():
+        heights = written_heights(scene, tmp_path / f"{name}.tif", *words)
+        assert float((heights - wanted).abs().max()) < 1e-4, name
+
+
+def backbone_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {n.removeprefix("backbone."): t for n, t in model.state_dict().items() if n[:9] == "backbone."}
+
+
+def test_canopy_predict_equals_transformers_on_a_real_plot(
+    oracle: tuple[nn.Module, Path], tmp_path: Path, osbs_scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chmv2, "BLOCKS", (0, 1, 2, 3))  # the release has 24 blocks
+    check_both_dialects(*oracle, tmp_path, osbs_scene)
+
+
+@pytest.mark.slow
+def test_canopy_predict_in_the_released_size(tmp_path: Path, osbs_scene: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {
+        "model_type": "dinov3_vit",
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_register_tokens": 4,
+        "out_indices": [6, 12, 18, 24],
+        "return_class_token": True,
+        "apply_layernorm": True,
+        "reshape_hidden_states": True,
+    }
+    model = transformers.CHMv2ForDepthEstimation(transformers.CHMv2Config(backbone_config=shape)).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            fan = tensor[0].numel() if tensor.ndim > 1 and "token" not in name else 100
+            tensor.normal_(std=fan**-0.5).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    model.save_pretrained(tmp_path / "hf")
+    check_both_dialects(model, tmp_path / "hf", tmp_path, osbs_scene)
+
+
+def test_what_models_says_of_it(oracle: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    card = describe_height_model(oracle[1])
+    assert card is not None and card["name"] == "CHMv2" and card["blocks"] == [0, 1, 2, 3]
+    torch.save(official_names(oracle[1]), tmp_path / "head.pth")
+    decoder = describe_height_model(tmp_path / "head.pth")
+    assert decoder is not None and decoder["backbone"] == "to be named beside it"
+    save_file(backbone_tensors(oracle[0]), tmp_path / "backbone.safetensors")
+    assert describe_height_model(tmp_path / "backbone.safetensors") is None
+
+
+def test_models_that_are_none(oracle: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    save_file(backbone_tensors(oracle[0]), tmp_path / "backbone.safetensors")
+    with pytest.raises(DataError, match="not CHMv2's"):
+        load_height_model(tmp_path / "backbone.safetensors")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ConfigError, match="no canopy model"):
+        load_height_model(tmp_path / "notes.txt")
+    with pytest.raises(UnknownNameError, match="canopy-tiny-aerial"):
+        load_height_model(tmp_path / "nothing.pth")
+    with pytest.raises(ConfigError, match="has its own backbone"):
+        load_height_model("canopy-tiny-aerial", backbone="vit-tiny-aerial")
+
+
 def official_names(folder: Path) -> dict[str, Tensor]:
     """The decoder of a Hugging Face folder under the names of the release."""
     from safetensors.torch import load_file
@@ -118,15 +216,12 @@ def test_official_decoder_with_a_backbone_beside_it(oracle: tuple[nn.Module, Pat
     model, folder = oracle
     head = official_names(folder)
     torch.save(head, tmp_path / "head.pth")
-    inner = {n.removeprefix("backbone."): t for n, t in model.state_dict().items() if n[:9] == "backbone."}
-    save_file(inner, tmp_path / "backbone.safetensors")
+    save_file(backbone_tensors(model), tmp_path / "backbone.safetensors")
     with pytest.raises(ConfigError, match="decoder only"):
         load_chmv2(tmp_path / "head.pth")
     with pytest.raises(DataError, match=r"reads blocks \(5, 11, 17, 23\)"):
         load_chmv2(tmp_path / "head.pth", backbone=tmp_path / "backbone.safetensors")
     # The release has 24 blocks; four are enough to see that both namings give the same numbers.
-    from dinov3geo.heads import chmv2
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chmv2, "BLOCKS", (0, 1, 2, 3))
         loaded = load_chmv2(tmp_path / "head.pth", backbone=tmp_path / "backbone.safetensors")
