@@ -11,9 +11,11 @@ from typer.testing import CliRunner, Result
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import NORMALIZATIONS, BackboneCard
-from dinov3geo.backbones.zoo import build_backbone, load_backbone, save_backbone
+from dinov3geo.backbones.export import export_backbone
+from dinov3geo.backbones.vit import VitConfig
+from dinov3geo.backbones.zoo import build_backbone, build_network, load_backbone, save_backbone
 from dinov3geo.commands.convert import convert
-from dinov3geo.commands.export import ONNX_PACKAGES, export
+from dinov3geo.commands.export import ONNX_PACKAGES, export, onnx_runner
 from dinov3geo.errors import ConfigError, DataError, RasterError, UnknownNameError
 
 app = typer.Typer()
@@ -73,7 +75,9 @@ def test_transformers_opens_the_folder(ours: Path, tmp_path: Path, bands: int) -
     image = torch.randn(1, bands, 64, 96)
     with torch.no_grad():
         expected = model(image).last_hidden_state
-    found = features(load_backbone(tmp_path / "hf", normalization=_statistics(bands)), image)
+    loaded = load_backbone(tmp_path / "hf")
+    assert loaded.card.normalization == (NORMALIZATIONS["sat"] if bands == 3 else _statistics(4))
+    found = features(loaded, image)
     assert float((found - expected).abs().max()) < 1e-5
 
 
@@ -158,7 +162,7 @@ def test_exported_file_equals_the_network_at_other_sizes(
     result = run("export", ours, output, "--format", file_format, "--size", 64, 96, "--dynamic")
     assert result.stdout.count("differs by at most") == 3
     loaded = load_backbone(ours)
-    image = torch.randn(1, 3, 128, 64)
+    image = torch.randn(1, 3, 130, 63)
     with torch.no_grad():
         program = torch.jit.load(output) if suffix == ".pt" else torch.export.load(output).module()
         assert float((program(image)[2] - loaded(image).patches).abs().max()) < 1e-4
@@ -166,10 +170,45 @@ def test_exported_file_equals_the_network_at_other_sizes(
 
 
 @pytest.mark.skipif(any(find_spec(name) is None for name in ONNX_PACKAGES), reason="needs ONNX packages")
-def test_one_dynamic_onnx_file_serves_all_sizes(ours: Path, tmp_path: Path) -> None:
-    output = tmp_path / "net.onnx"
-    result = run("export", ours, output, "--format", "onnx", "--size", 64, 96, "--dynamic")
+@pytest.mark.slow
+def test_onnx_file_of_a_whole_network(ours: Path, tmp_path: Path) -> None:
+    result = run("export", ours, tmp_path / "n.onnx", "--format", "onnx", "--size", 96, 130, "--dynamic")
     assert result.stdout.count("differs by at most") == 3
+    check_onnx(tmp_path / "n.onnx", load_backbone(ours))
+
+
+@pytest.mark.skipif(any(find_spec(name) is None for name in ONNX_PACKAGES), reason="needs ONNX packages")
+def test_one_dynamic_onnx_file_serves_all_sizes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = VitConfig(64, 2, 1, "swiglu", 96, layer_scale=0.3)
+    backbone = build_network(shape).eval()
+    report = export_backbone(
+        backbone, tmp_path / "n.onnx", "onnx", size_hw=(96, 130), dynamic=True, run=onnx_runner()
+    )
+    assert max(report.differences.values()) < 1e-5
+    check_onnx(tmp_path / "n.onnx", backbone)
+
+
+def check_onnx(output: Path, loaded: Backbone) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(output), providers=["CPUExecutionProvider"])
+    for shape in ((1, 3, 224, 224), (2, 3, 250, 330), (1, 3, 33, 71)):
+        image = torch.randn(shape)
+        with torch.no_grad():
+            expected = loaded(image)
+        cls, registers, patches = map(torch.from_numpy, session.run(None, {"images": image.numpy()}))
+        assert registers.shape == expected.registers.shape
+        assert float((cls - expected.cls).abs().max()) < 1e-3
+        assert float((patches - expected.patches).abs().max()) < 1e-3
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_weights_beyond_the_limit_of_onnx_are_refused_at_once(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        huge = build_backbone("vit_huge_plus").eval()
+    with pytest.raises(ConfigError, match=r"take 3\.4 GB; export them as exported-program"):
+        export_backbone(huge, tmp_path / "n.onnx", "onnx", size_hw=(64, 64), dynamic=False, run=lambda *_: [])
 
 
 @pytest.mark.skipif(all(find_spec(name) for name in ONNX_PACKAGES), reason="the ONNX packages are there")
@@ -180,8 +219,6 @@ def test_missing_onnx_packages_are_named(ours: Path, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_an_export_that_differs_is_not_kept(ours: Path, tmp_path: Path) -> None:
-    from dinov3geo.backbones.export import export_backbone
-
     def wrong(path: Path, images: torch.Tensor) -> list[torch.Tensor]:
         with torch.no_grad():
             return [output + 0.1 for output in torch.jit.load(path)(images)]
@@ -199,6 +236,7 @@ def test_an_export_that_differs_is_not_kept(ours: Path, tmp_path: Path) -> None:
     [
         (("net.pt2", "--format", "torchscript"), ConfigError, r"end in \.pt"),
         (("net.pt", "--format", "torchscript", "--size", 60, 64), ConfigError, "whole patches"),
+        (("net.pt", "--format", "torchscript", "--size", 8, 64, "--dynamic"), ConfigError, "17 to|33 to"),
         (("net.pt", "--format", "tflite"), UnknownNameError, "torchscript"),
     ],
 )

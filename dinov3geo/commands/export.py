@@ -39,12 +39,13 @@ def export(
         ),
     ],
     size: Annotated[
-        tuple[int, int], typer.Option(metavar="ROWS COLUMNS", help="Pixels of the images, whole patches.")
+        tuple[int, int],
+        typer.Option(metavar="ROWS COLUMNS", help="Pixels; whole patches unless --dynamic."),
     ] = (224, 224),
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Let batch and size differ later on.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Export a backbone and check the file against it at every promised size."""
+    """Export a backbone and check the file against it at several sizes."""
     check_folder(output.absolute().parent)
     run = onnx_runner() if file_format == "onnx" else None
     from dinov3geo.backbones.export import OUTPUTS, export_backbone
@@ -83,7 +84,7 @@ def onnx_runner() -> Callable[[Path, Tensor], Sequence[Tensor]]:
     if missing:
         raise ConfigError(
             f"ONNX export needs {', '.join(ONNX_PACKAGES)}; missing: {', '.join(missing)} "
-            f"(pip install {' '.join(missing)})"
+            "(pip install 'dinov3geo[onnx]')"
         )
     runtime = import_module("onnxruntime")
 
