@@ -27,7 +27,7 @@ FLOORS = [
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # cli.py is the door of the room commands/.
 SAME_ROOM = {"commands": "cli"}
-ONLY_THIRD_PARTY = {"backbones": {"torch", "safetensors"}, "losses": {"torch"}}
+ONLY_THIRD_PARTY = {"backbones": {"torch", "safetensors", "huggingface_hub"}, "losses": {"torch"}}
 LIGHT_MODULES = {"dinov3geo", "dinov3geo.cli", "dinov3geo.errors", "dinov3geo.paths"}
 MAX_FILE_LINES = 500
 MAX_BODY_LINES = 60

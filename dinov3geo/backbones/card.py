@@ -15,6 +15,7 @@ from torch import Tensor
 from dinov3geo.errors import ConfigError, UnknownNameError
 
 CARD_FORMAT = "dinov3geo-backbone/1"
+RGB = ("red", "green", "blue")
 
 
 class BandLike(Protocol):
@@ -95,7 +96,7 @@ class Normalization:
     @classmethod
     def of_rgb8(cls, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Normalization:
         """8-bit red, green and blue, with statistics of numbers in [0, 1]."""
-        return cls(("red", "green", "blue"), (1 / 255,) * 3, (0.0,) * 3, mean, std)
+        return cls(RGB, (1 / 255,) * 3, (0.0,) * 3, mean, std)
 
     def select(self, bands: Sequence[str]) -> Normalization:
         """The statistics of some of the bands, in the order asked for.

@@ -243,6 +243,7 @@ def hf_processor(normalization: Normalization) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": factor,
         "do_normalize": True,
+        "bands": list(normalization.bands),
         "image_mean": [mean if plain else (mean - offset) / scale for scale, offset, mean, _ in bands],
         "image_std": [std if plain else std / scale for scale, _, _, std in bands],
     }

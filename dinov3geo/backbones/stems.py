@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dinov3geo.backbones.card import RGB
 from dinov3geo.errors import ConfigError
 
 STEMS = ("mean", "zero")
-_RGB = ("red", "green", "blue")
 
 
 def needs_choice(source: Sequence[str], target: Sequence[str]) -> bool:
@@ -49,7 +49,7 @@ def adapt_stem(kernels: Tensor, source: Sequence[str], target: Sequence[str], *,
             f"({', '.join(target)}); say how to adapt the stem: {' or '.join(STEMS)}"
             + ("" if how is None else f", not {how!r}")
         )
-    visible = [source.index(b) for b in _RGB] if set(_RGB) <= set(source) else list(range(len(source)))
+    visible = [source.index(b) for b in RGB] if set(RGB) <= set(source) else list(range(len(source)))
     new = kernels[:, visible].mean(1) if how == "mean" else torch.zeros_like(kernels[:, 0])
     adapted = torch.stack([kernels[:, source.index(b)] if b in source else new for b in target], dim=1)
     return adapted * (len(source) / len(target)) if how == "mean" else adapted

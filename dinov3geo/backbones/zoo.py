@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dinov3geo.backbones.base import Backbone
-from dinov3geo.backbones.card import NORMALIZATIONS, BackboneCard, Normalization, SensorLike
+from dinov3geo.backbones.card import NORMALIZATIONS, RGB, BackboneCard, Normalization, SensorLike
 from dinov3geo.backbones.convert import Checkpoint, to_ours
 from dinov3geo.backbones.convnext import ConvNext, ConvNextConfig
+from dinov3geo.backbones.hub import PREFIX, is_hub_name, locate_repository
 from dinov3geo.backbones.stems import adapt_stem, needs_choice
 from dinov3geo.backbones.store import (
     HF_CONFIG,
@@ -51,17 +52,19 @@ def load_backbone(
     sensor: SensorLike | None = None,
     normalization: Normalization | str | None = None,
     stem: str | None = None,
+    download: bool = False,
 ) -> Backbone:
     """A frozen backbone with its card, in evaluation mode on the CPU.
 
     Args:
         name_or_path: a bundled name, the folder of a pretraining run, a .safetensors file, an official .pth
-            (backbone, or training checkpoint with a teacher), or a Hugging Face folder. Dialect and variant
-            are recognised from the tensors.
+            (backbone, or training checkpoint with a teacher), a Hugging Face folder, or
+            `hub:owner/repository[@revision]`. Dialect and variant are recognised from the tensors.
         bands: in the order of the images to come; None for those of the weights, or of the sensor.
         sensor: gives the statistics of the bands; needed for bands that the weights do not know.
         normalization: statistics, or a name in `card.NORMALIZATIONS`; None for what the checkpoint tells.
         stem: how to adapt the first convolution to other bands, see `stems.adapt_stem`.
+        download: let a `hub:` name be fetched; without it only the local cache is looked at.
 
     Returns:
         The network; its call takes normalised images (`backbone.card.normalization`).
@@ -71,7 +74,9 @@ def load_backbone(
         ConfigError: the card is missing or incomplete; other bands, but not how to adapt the stem.
         DataError: the weights do not fill the network exactly, or the file is damaged.
     """
-    opened = open_checkpoint(name_or_path, bands=bands, sensor=sensor, normalization=normalization, stem=stem)
+    opened = open_checkpoint(
+        name_or_path, bands=bands, sensor=sensor, normalization=normalization, stem=stem, download=download
+    )
     backbone = build_network(opened.config)
     check_complete(backbone.state_dict(), opened.tensors, source=opened.path)
     backbone.load_state_dict({name: tensor.to(torch.float32) for name, tensor in opened.tensors.items()})
@@ -107,9 +112,10 @@ def open_checkpoint(
     sensor: SensorLike | None = None,
     normalization: Normalization | str | None = None,
     stem: str | None = None,
+    download: bool = False,
 ) -> OpenedCheckpoint:
     """Reads weights of any dialect; arguments and errors as in `load_backbone`."""
-    path = locate_weights(name_or_path)
+    path = locate_weights(name_or_path, download=download)
     checkpoint = to_ours(read_weights(path))
     if checkpoint.dialect == "ours":
         card = _read_card(path)
@@ -117,12 +123,28 @@ def open_checkpoint(
     else:
         config = _folder_config(path, checkpoint.config)
         card = foreign_card(path, checkpoint, config)
+        if is_hub_name(name_or_path):
+            # A snapshot is named by its commit.
+            source = str(name_or_path)
+            card = dataclasses.replace(card, name=source, recipe={**card.recipe, "commit": path.name})
     if normalization is not None:
         card = dataclasses.replace(card, normalization=find_normalization(normalization))
     tensors = dict(checkpoint.tensors)
     card = adapt_bands(tensors, card, bands=bands, sensor=sensor, stem=stem)
     config = dataclasses.replace(config, in_channels=len(card.normalization.bands))
     return OpenedCheckpoint(path, checkpoint.dialect, config, tensors, card, checkpoint.dropped)
+
+
+def inspect_weights(name_or_path: str | Path) -> OpenedCheckpoint:
+    """Reads weights of any dialect and makes sure that they fill their network exactly, without building it.
+
+    Arguments and errors as in `load_backbone`.
+    """
+    opened = open_checkpoint(name_or_path)
+    with torch.device("meta"):
+        expected = build_network(opened.config).state_dict()
+    check_complete(expected, opened.tensors, source=opened.path)
+    return opened
 
 
 def find_normalization(name: Normalization | str) -> Normalization:
@@ -182,31 +204,59 @@ def foreign_card(path: Path, checkpoint: Checkpoint, config: Config) -> Backbone
     """A card for weights that came without one; the normalisation is what the checkpoint tells.
 
     Raises:
-        DataError: no variant has this shape.
+        DataError: no variant has this shape, or statistics beside the weights cannot be read.
     """
     variant = variant_of(config)
-    name, why = _recognise_normalization(path, variant, checkpoint)
+    normalization, why = _recognise_normalization(path, variant, checkpoint)
+    name = next((known for known, other in NORMALIZATIONS.items() if other == normalization), "its own")
     return BackboneCard(
         name=path.stem,
         variant=variant,
         patch_size=config.patch_size if isinstance(config, VitConfig) else config.stride,
-        normalization=NORMALIZATIONS[name],
+        normalization=normalization,
         recipe={"dialect": checkpoint.dialect, "normalization": name},
         notes=f"Normalisation '{name}' {why}.",
         architecture=_architecture(config, variant),
     )
 
 
-def _recognise_normalization(path: Path, variant: str, checkpoint: Checkpoint) -> tuple[str, str]:
+def _recognise_normalization(path: Path, variant: str, checkpoint: Checkpoint) -> tuple[Normalization, str]:
     if variant == "vit_large" and "local_norm.weight" in checkpoint.tensors:
-        return "sat", "recognised by the norm of local crops, which only the satellite ViT-L has"
-    processor = path / HF_PROCESSOR
-    if processor.is_file():
-        mean = tuple(read_json(processor).get("image_mean", ()))
-        for name, known in NORMALIZATIONS.items():
-            if mean == known.mean:
-                return name, f"read from {HF_PROCESSOR}"
-    return "web", "assumed; name another one if the weights are of satellite images"
+        why = "recognised by the norm of local crops, which only the satellite ViT-L has"
+        return NORMALIZATIONS["sat"], why
+    for file in (HF_PROCESSOR, HF_CONFIG):
+        if (path / file).is_file():
+            found = _read_statistics(path / file)
+            if found is not None:
+                return found, f"read from {file}"
+    return NORMALIZATIONS["web"], "assumed; name another one if the weights are of satellite images"
+
+
+def _read_statistics(path: Path) -> Normalization | None:
+    """Statistics in the preprocessor_config.json of transformers or the config.json of timm, if any.
+
+    Raises:
+        DataError: they are no numbers.
+    """
+    fields = read_json(path)
+    timm = fields.get("pretrained_cfg")
+    fields = timm if isinstance(timm, dict) else fields
+    mean = fields.get("image_mean", fields.get("mean"))
+    std = fields.get("image_std", fields.get("std"))
+    bands = fields.get("bands", RGB)
+    if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == len(bands)):
+        return None  # none there, or of bands that cannot be named
+    try:
+        factor = float(fields.get("rescale_factor", 1 / 255))
+        return Normalization(
+            tuple(str(band) for band in bands),
+            (factor,) * len(bands),
+            (0.0,) * len(bands),
+            tuple(float(number) for number in mean),
+            tuple(float(number) for number in std),
+        )
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path} has statistics that cannot be used: {error}") from error
 
 
 def _folder_config(path: Path, config: Config) -> Config:
@@ -270,8 +320,12 @@ def _architecture(config: Config, variant: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value != getattr(usual, name, value)}
 
 
-def locate_weights(name_or_path: str | Path) -> Path:
-    """The weights behind a name, a run's folder or a path.
+def locate_weights(name_or_path: str | Path, *, download: bool = False) -> Path:
+    """The weights behind a name, a run's folder, a path or a repository of the hub.
+
+    Args:
+        name_or_path: as in `load_backbone`.
+        download: see `load_backbone`.
 
     Returns:
         A file, or a folder in the layout of Hugging Face.
@@ -283,7 +337,10 @@ def locate_weights(name_or_path: str | Path) -> Path:
     bundled = BUNDLED.get(str(name_or_path))
     if bundled is not None:
         return bundled
-    path = Path(name_or_path)
+    if is_hub_name(name_or_path):
+        path = locate_repository(str(name_or_path), download=download)
+    else:
+        path = Path(name_or_path)
     if path.is_dir():
         if (path / RUN_EXPORT).is_file():
             return path / RUN_EXPORT
@@ -294,7 +351,7 @@ def locate_weights(name_or_path: str | Path) -> Path:
             "`dinov3geo pretrain` run or a Hugging Face folder"
         )
     if not path.is_file():
-        raise UnknownNameError("backbone", str(name_or_path), BUNDLED)
+        raise UnknownNameError("backbone", str(name_or_path), [*BUNDLED, f"{PREFIX}owner/repository"])
     if path.suffix not in (".safetensors", *PICKLES):
         raise DataError(f"{path} is no file of weights; expected .safetensors, {', '.join(PICKLES)}")
     return path

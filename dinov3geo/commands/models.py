@@ -9,19 +9,27 @@ from typing import Annotated, Any
 import typer
 
 from dinov3geo.commands.console import print_table
-from dinov3geo.errors import UnknownNameError
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(help="Show the card of one model.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME|PATH",
+            help="Show the card of one model: a name, weights of any dialect, or hub:owner/repository.",
+            show_default=False,
+        ),
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch a hub: model first; nothing else ever does.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the weights that come with the package and the architectures that can be trained."""
+    """List the weights that come with the package and the architectures, or show one model's card."""
     cards = _bundled_cards()
     if name is not None:
-        if name not in cards:
-            raise UnknownNameError("model", name, cards)
-        print(json.dumps(cards[name], indent=2))
+        card = cards[name] if name in cards else _foreign_card(name, download=download)
+        print(json.dumps(card, indent=2))
         return
     variants = _variants()
     if as_json:
@@ -48,6 +56,29 @@ def _bundled_cards() -> dict[str, dict[str, Any]]:
         for name, folder in BUNDLED_MODELS.items()
     ]
     return {name: {"kind": kind, **_read_card(weights, card)} for kind, name, weights, card in places}
+
+
+def _foreign_card(name: str, *, download: bool) -> dict[str, Any]:
+    """What weights from elsewhere are recognised as, once every tensor has found its place."""
+    from dataclasses import asdict
+
+    from dinov3geo.backbones.hub import is_hub_name, locate_repository
+    from dinov3geo.backbones.zoo import inspect_weights
+    from dinov3geo.heads.models import describe_height_model
+
+    path = locate_repository(name, download=download) if is_hub_name(name) else Path(name)
+    heights = describe_height_model(path)
+    if heights is not None:
+        return {"kind": "canopy height", **heights}
+    opened = inspect_weights(name)
+    return {
+        "kind": "backbone",
+        "path": str(opened.path),
+        "dialect": opened.dialect,
+        "tensors": len(opened.tensors),
+        "left_out": list(opened.dropped),
+        **asdict(opened.card),
+    }
 
 
 def _read_card(weights: Path, card: Path) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def test_rounded_periods_survive_saving(tmp_path: Path) -> None:
 
 def test_hugging_face_folder(tmp_path: Path) -> None:
     backbone = network(norm_eps=1e-3)
-    processor = {"image_mean": [0.43, 0.411, 0.296]}
+    processor = {"image_mean": [0.43, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143]}
     folder = write_hf(
         tmp_path / "m", backbone, config={"layer_norm_eps": 1e-3}, preprocessor_config=processor
     )
@@ -95,6 +95,19 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
     assert same(loaded, backbone)
     assert loaded.card.normalization == NORMALIZATIONS["sat"]
     assert loaded.card.architecture == {"norm_eps": 1e-3}
+
+
+def test_statistics_beside_the_weights_are_taken_as_they_are(tmp_path: Path) -> None:
+    own = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0], "rescale_factor": 0.5}
+    card = load_backbone(write_hf(tmp_path / "a", network(), preprocessor_config=own)).card
+    assert card.normalization.mean == (0.1, 0.2, 0.3) and card.normalization.scale == (0.5,) * 3
+    assert "its own" in card.notes
+    timm = {"pretrained_cfg": {"mean": [0.43, 0.411, 0.296], "std": [0.213, 0.156, 0.143]}}
+    card = load_backbone(write_hf(tmp_path / "b", network(), config=timm)).card
+    assert card.normalization == NORMALIZATIONS["sat"]
+    bad = {"image_mean": [0.1, "x", 0.3], "image_std": [1.0, 2.0, 3.0]}
+    with pytest.raises(DataError, match="cannot be used"):
+        load_backbone(write_hf(tmp_path / "c", network(), preprocessor_config=bad))
 
 
 def test_sharded_hugging_face_folder(tmp_path: Path) -> None:
