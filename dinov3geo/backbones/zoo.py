@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,7 +352,10 @@ def locate_weights(name_or_path: str | Path, *, download: bool = False) -> Path:
             "`dinov3geo pretrain` run or a Hugging Face folder"
         )
     if not path.is_file():
-        raise UnknownNameError("backbone", str(name_or_path), [*BUNDLED, f"{PREFIX}owner/repository"])
+        name = str(name_or_path)
+        looks_remote = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+        hint = f" (a path, or on the hub: {PREFIX}{name})" if looks_remote else ""
+        raise UnknownNameError(f"backbone{hint}", name, BUNDLED)
     if path.suffix not in (".safetensors", *PICKLES):
         raise DataError(f"{path} is no file of weights; expected .safetensors, {', '.join(PICKLES)}")
     return path

@@ -15,7 +15,7 @@ import torch
 from dinov3geo.backbones.card import NORMALIZATIONS, BackboneCard
 from dinov3geo.backbones.rewrite import rewrite_checkpoint
 from dinov3geo.backbones.zoo import build_backbone, load_backbone, save_backbone
-from dinov3geo.errors import ConfigError, DataError
+from dinov3geo.errors import ConfigError, DataError, UnknownNameError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/dinov3-tiny"
@@ -66,6 +66,8 @@ def test_the_cache_is_read_without_the_network(
 
 
 def test_nothing_is_fetched_unasked(cache: Path) -> None:
+    with pytest.raises(UnknownNameError, match=f"on the hub: hub:{NAME}"):
+        load_backbone(NAME)
     with pytest.raises(DataError, match=f"dinov3geo models hub:{NAME} --download"):
         load_backbone(f"hub:{NAME}")
     assert not cache.exists()
@@ -144,7 +146,6 @@ def command(hub: type[Hub], cache: Path, *words: str) -> subprocess.CompletedPro
         env=os.environ | settings,
         capture_output=True,
         text=True,
-        timeout=120,
     )
 
 
