@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
-from dinov3geo.data.pairs import HeightPair, PairArrays, PairMatch, Spec, load_pair, match_pairs
+from dinov3geo.data.pairs import HeightPair, PairArrays, PairMatch, Spec, match_pairs
 from dinov3geo.errors import DataError, RasterError
 from dinov3geo.evaluation.baselines import (
     SITE_PATTERN,
@@ -35,7 +36,7 @@ from dinov3geo.features.extract import FeatureCache, default_blocks, undo_view
 from dinov3geo.heads.base import Head, HeightModel
 from dinov3geo.heads.canopy import CanopySettings, fit_canopy_head
 from dinov3geo.heads.fit import FitSample, predict_cells
-from dinov3geo.heads.samples import StageProgress, build_samples, cell_validity
+from dinov3geo.heads.samples import StageProgress, build_samples, cell_validity, load_model_pair
 
 REPORT_FORMAT = "dinov3geo-canopy-evaluation/1"
 # 10 m on the 1 m heights of NEON, whose plots of 20 to 40 m have no room for CHMv2's 50 cells.
@@ -193,7 +194,7 @@ def evaluate_folds(
     frozen = load_backbone(DEFAULT_BACKBONE if backbone is None else backbone)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match = match_pairs(images, heights, max_size=settings.max_window)
-    plots = _load_plots(match.pairs, site_pattern)
+    plots = _load_plots(match.pairs, site_pattern, frozen)
     numbers = assign_folds([p.pair.group for p in plots], [p.site for p in plots], folds, seed=seed)
     samples = build_samples(
         match.pairs,
@@ -258,7 +259,7 @@ def evaluate_model(
     """
     match = match_pairs(images, heights, max_size=max_window)
     table = _Table(block)
-    plots = _load_plots(match.pairs, site_pattern)
+    plots = _load_plots(match.pairs, site_pattern, model.backbone)
     for done, plot in enumerate(plots):
         if progress is not None:
             progress("plots", done, len(plots))
@@ -317,10 +318,11 @@ def predict_plot(head: Head, sample: FitSample, views: int) -> NDArray[np.float3
     return mean
 
 
-def _load_plots(pairs: Sequence[HeightPair], site_pattern: str) -> list[_Plot]:
+def _load_plots(pairs: Sequence[HeightPair], site_pattern: str, backbone: Backbone) -> list[_Plot]:
+    assert backbone.card is not None
     plots = []
     for pair in pairs:
-        arrays = load_pair(pair)
+        arrays, _ = load_model_pair(pair, backbone.card)
         known = cell_validity(arrays, pair.factor)
         plots.append(_Plot(pair, arrays, known, site_name(pair.image, site_pattern)))
     if not any(plot.known.any() for plot in plots):

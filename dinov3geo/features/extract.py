@@ -7,6 +7,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dinov3geo.backbones.base import Backbone
+from dinov3geo.backbones.card import Normalization
 from dinov3geo.errors import ConfigError, DataError
 
 NUM_VIEWS = 8
@@ -164,16 +166,20 @@ def feature_key(
     weights: str,
     path: Path,
     *,
+    bands: Sequence[int],
+    normalization: Normalization,
     window: Sequence[int],
     blocks: Sequence[int],
     view: int,
     image_scale: float,
 ) -> str:
-    """Name of cached features; any change of weights, file, window or treatment gives another.
+    """Name of cached features; any change of weights, file, bands, window or treatment gives another.
 
     Args:
         weights: from `weights_digest`.
         path: of the image; its size and time of modification are part of the key.
+        bands: 1-based bands of the image, in the backbone's order.
+        normalization: how their numbers are scaled for the backbone.
         window: column, row, width and height in pixels.
         blocks: block numbers.
         view: see `apply_view`.
@@ -191,6 +197,8 @@ def feature_key(
         str(path.resolve()),
         state.st_size,
         state.st_mtime_ns,
+        list(bands),
+        asdict(normalization),
         list(window),
         list(blocks),
         view,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from dinov3geo.backbones.base import Backbone
@@ -26,7 +26,7 @@ from dinov3geo.backbones.zoo import (
     write_tensors,
 )
 from dinov3geo.data.pairs import HeightPair, PairMatch, Spec, match_pairs
-from dinov3geo.errors import ConfigError, DataError, RasterError, UnknownNameError
+from dinov3geo.errors import ConfigError, DataError, RasterError, UnknownNameError, one_line
 from dinov3geo.features.extract import (
     FeatureCache,
     apply_view,
@@ -109,8 +109,10 @@ class CanopySettings(BaseModel):
     Attributes:
         image_scale: images are made this many times larger for the backbone.
         num_maps: number of blocks whose features are taken, evenly spread over the depth.
-        views: flips and turns of each image that the head is fitted on.
-        predict_views: flips and turns that are averaged in a prediction; each costs one more run.
+        views: flips and turns of each image that the head is fitted on. One, north up, lets the head learn
+            to which side shadows fall and heights are displaced; more suit imagery of many sun angles.
+        predict_views: flips and turns that are averaged in a prediction; each costs one more run. At most
+            `views`, since a head knows only the turns that it was fitted on.
         max_window: images larger than this are cut for training, pixels.
         head: shape of the head.
         fit: how it is fitted.
@@ -120,11 +122,20 @@ class CanopySettings(BaseModel):
 
     image_scale: float = Field(default=1.0, gt=0)
     num_maps: int = Field(default=4, ge=1)
-    views: Literal[1, 2, 4, 8] = 8
+    views: Literal[1, 2, 4, 8] = 1
     predict_views: Literal[1, 2, 4, 8] = 1
     max_window: int = Field(default=512, ge=1)
     head: HeadSettings = HeadSettings()
     fit: FitSettings = FitSettings()
+
+    @model_validator(mode="after")
+    def _knows_its_views(self) -> CanopySettings:
+        if self.predict_views > self.views:
+            raise ValueError(
+                f"predict_views is {self.predict_views}, but the head is fitted on {self.views} views; "
+                "raise views, or lower predict_views"
+            )
+        return self
 
 
 @dataclass
@@ -399,7 +410,7 @@ def load_canopy_model(name_or_folder: str | Path = DEFAULT_MODEL) -> CanopyModel
         blocks = tuple(int(b) for b in card["blocks"])
         output = OutputSpec(**{**card["output"], "class_names": tuple(card["output"]["class_names"])})
     except (KeyError, TypeError, ValidationError) as error:
-        raise ConfigError(f"{source} is not a complete head card: {_one_line(error)}") from error
+        raise ConfigError(f"{source} is not a complete head card: {one_line(str(error))}") from error
     backbone = load_backbone(folder if bundled is None else bundled)
     if weights_digest(backbone) != digest:
         raise ConfigError(
@@ -410,7 +421,7 @@ def load_canopy_model(name_or_folder: str | Path = DEFAULT_MODEL) -> CanopyModel
     try:
         head.load_state_dict(tensors)
     except RuntimeError as error:
-        raise DataError(f"{folder / HEAD_FILE} does not fit its card: {_one_line(error)}") from error
+        raise DataError(f"{folder / HEAD_FILE} does not fit its card: {one_line(str(error))}") from error
     head.eval().requires_grad_(False)
     return CanopyModel(backbone, head, blocks, settings.image_scale, settings.predict_views, card)
 
@@ -427,10 +438,6 @@ def _read_card(path: Path) -> dict[str, Any]:
     if not isinstance(card, dict) or card.get("format") != CARD_FORMAT:
         raise ConfigError(f"{path} is not a head card (format {CARD_FORMAT!r} expected)")
     return card
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _check_free(folder: Path, *, overwrite: bool) -> None:

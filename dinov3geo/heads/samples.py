@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dinov3geo.backbones.base import Backbone
+from dinov3geo.backbones.card import BackboneCard
 from dinov3geo.data.pairs import HeightPair, PairArrays, load_pair
 from dinov3geo.features.extract import (
     FeatureCache,
@@ -20,6 +21,7 @@ from dinov3geo.features.extract import (
     weights_digest,
 )
 from dinov3geo.heads.fit import FitSample, FitView
+from dinov3geo.rasters.bands import choose_bands
 
 StageProgress = Callable[[str, int, int], None]
 
@@ -41,6 +43,23 @@ def cell_validity(arrays: PairArrays, factor: int) -> np.ndarray:
     share = arrays.valid.reshape(height, factor, width, factor).mean(axis=(1, 3))
     known: np.ndarray = arrays.heights_valid & (share >= MIN_IMAGE_SHARE)
     return known
+
+
+def load_model_pair(pair: HeightPair, card: BackboneCard) -> tuple[PairArrays, tuple[int, ...]]:
+    """Reads a pair with the image bands that a backbone takes, in its order, as prediction reads scenes.
+
+    Args:
+        pair: from `find_pairs`.
+        card: of the backbone.
+
+    Returns:
+        The pair's numbers, and the 1-based image bands that were read.
+
+    Raises:
+        RasterError, DataError: see `choose_bands` and `load_pair`.
+    """
+    bands, _ = choose_bands(pair.image, card.normalization.bands, model=card.name)
+    return load_pair(pair, bands=bands), bands
 
 
 def build_samples(
@@ -70,13 +89,14 @@ def build_samples(
     Raises:
         RasterError, DataError: a file cannot be read or has bands or heights that do not fit.
     """
+    assert backbone.card is not None
     digest = weights_digest(backbone)
     side = pixels_per_patch(backbone.patch_size, image_scale)
     samples = []
     for done, pair in enumerate(pairs):
         if progress is not None:
             progress("features", done, len(pairs))
-        arrays = load_pair(pair)
+        arrays, bands = load_model_pair(pair, backbone.card)
         image, valid = torch.from_numpy(arrays.image), torch.from_numpy(arrays.valid)
         heights = torch.from_numpy(arrays.heights)
         known = torch.from_numpy(cell_validity(arrays, pair.factor))
@@ -86,7 +106,14 @@ def build_samples(
         collected = []
         for view in range(views):
             key = feature_key(
-                digest, pair.image, window=window, blocks=blocks, view=view, image_scale=image_scale
+                digest,
+                pair.image,
+                bands=bands,
+                normalization=backbone.card.normalization,
+                window=window,
+                blocks=blocks,
+                view=view,
+                image_scale=image_scale,
             )
             compute = partial(_maps, backbone, image, valid, view, blocks, image_scale)
             maps = tuple(cache.get_or_compute(key, compute))

@@ -13,7 +13,6 @@ from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import Normalization
 from dinov3geo.errors import DataError, RasterError
 from dinov3geo.paths import check_target
-from dinov3geo.rasters.bands import described_bands, find_bands, order_contradicts_colours
 from dinov3geo.rasters.reader import SceneReader
 
 GSD_FACTOR = 2.0
@@ -47,46 +46,6 @@ class ModelInput:
         if backbone.card is None:
             raise DataError("the backbone has no card, so its bands are unknown; load it with load_backbone")
         return cls(backbone.card.name, backbone.card.normalization, backbone.card.gsd_m)
-
-
-def choose_bands(scene: Path, wanted: ModelInput) -> tuple[tuple[int, ...], list[str]]:
-    """Finds the bands of a scene that a model needs.
-
-    Bands are taken by their names (descriptions), else by their colour interpretation, else in the file's
-    order; alpha is not counted.
-
-    Args:
-        scene: raster file.
-        wanted: what the model takes.
-
-    Returns:
-        1-based indexes in the model's order, and warnings.
-
-    Raises:
-        RasterError, GeoreferenceError: the scene cannot be opened or used.
-        DataError: too few bands, or named ones among which one is missing.
-    """
-    with SceneReader(scene) as reader:
-        available, info = reader.bands, reader.info
-    bands = wanted.normalization.bands
-    found = find_bands(info, bands)
-    if found is not None:
-        return found, []
-    needs = f"model {wanted.name!r} needs {len(bands)}: {', '.join(bands)}"
-    described = described_bands(info, bands)
-    if any(described):
-        listed = ", ".join(name or "unnamed" for name in described)
-        raise DataError(f"scene {scene} names its bands {listed}; {needs}; name or reorder the bands")
-    if len(available) < len(bands):
-        raise DataError(f"scene {scene} has {len(available)} band{'s' * (len(available) != 1)}; {needs}")
-    chosen = available[: len(bands)]
-    if len(available) == len(bands) and not order_contradicts_colours(info, bands, chosen):
-        return chosen, []
-    listed = ", ".join(str(index) for index in chosen)
-    return chosen, [
-        f"scene {scene} has {len(available)} bands without the names {', '.join(bands)}; "
-        f"bands {listed} were taken as these"
-    ]
 
 
 def check_numbers(reader: SceneReader, wanted: ModelInput) -> None:

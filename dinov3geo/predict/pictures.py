@@ -14,7 +14,7 @@ from dinov3geo.backbones.base import Backbone
 from dinov3geo.errors import DataError
 from dinov3geo.features.extract import pixels_per_patch
 from dinov3geo.features.visualize import cosine_similarity_map, fit_pca
-from dinov3geo.predict.checks import ModelInput, check_numbers, check_picture, choose_bands
+from dinov3geo.predict.checks import ModelInput, check_numbers, check_picture
 from dinov3geo.predict.preview import (
     COLOURS,
     Overview,
@@ -28,6 +28,7 @@ from dinov3geo.predict.preview import (
 )
 from dinov3geo.predict.runners import feature_runner, pca_runner, sample_features
 from dinov3geo.predict.stream import Array, Floats, Mask, RunTiles, output_shape, read_tile, stream_rows
+from dinov3geo.rasters.bands import choose_bands
 from dinov3geo.rasters.grid import PixelGrid, TilePlan
 from dinov3geo.rasters.reader import SceneReader
 
@@ -122,7 +123,7 @@ def show_similarity(
 def _open_scene(scene: Path, backbone: Backbone) -> Iterator[SceneReader]:
     """A reader of the backbone's bands, once the numbers are known to suit it."""
     wanted = ModelInput.of_backbone(backbone)
-    bands, _ = choose_bands(scene, wanted)
+    bands, _ = choose_bands(scene, wanted.normalization.bands, model=wanted.name)
     with SceneReader(scene, bands=bands) as reader:
         check_numbers(reader, wanted)
         yield reader

@@ -21,12 +21,12 @@ from dinov3geo.predict.checks import (
     ModelInput,
     check_numbers,
     check_picture,
-    choose_bands,
     gsd_warnings,
 )
 from dinov3geo.predict.preview import write_preview
 from dinov3geo.predict.runners import canopy_runner, feature_runner, pca_runner, sample_features
 from dinov3geo.predict.stream import Array, Floats, Mask, RunTiles, stream_rows
+from dinov3geo.rasters.bands import choose_bands
 from dinov3geo.rasters.geotiff import GeoTiffWriter, block_cache
 from dinov3geo.rasters.grid import PixelGrid, TilePlan
 from dinov3geo.rasters.reader import SceneReader
@@ -289,7 +289,7 @@ def _prepared(
         raise ConfigError(f"batch size must be at least 1, got {batch_size}")
     if tile < stride:
         raise ConfigError(f"tile must be at least one patch of {stride} pixels, got {tile}")
-    bands, warnings = choose_bands(scene, wanted)
+    bands, warnings = choose_bands(scene, wanted.normalization.bands, model=wanted.name)
     with block_cache(_CACHE_BYTES), SceneReader(scene, bands=bands) as reader:
         grid = reader.info.grid
         check_numbers(reader, wanted)

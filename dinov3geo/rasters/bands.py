@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from dinov3geo.rasters.reader import SceneInfo
+from dinov3geo.errors import DataError
+from dinov3geo.rasters.reader import SceneInfo, SceneReader
 from dinov3geo.rasters.sensors import SENSORS
 
 RGB = ("red", "green", "blue")
@@ -45,3 +47,43 @@ def order_contradicts_colours(info: SceneInfo, wanted: Sequence[str], chosen: Se
     """Whether the file's colour interpretation calls one of the chosen bands another colour than wanted."""
     colours = [info.colours[index - 1] for index in chosen]
     return any(colour in RGB and colour != name.lower() for colour, name in zip(colours, wanted, strict=True))
+
+
+def choose_bands(scene: Path, wanted: Sequence[str], *, model: str) -> tuple[tuple[int, ...], list[str]]:
+    """Finds the bands of a scene that a model needs.
+
+    Bands are taken by their names (descriptions), else by their colour interpretation, else in the file's
+    order; alpha is not counted.
+
+    Args:
+        scene: raster file.
+        wanted: names of the bands that the model takes.
+        model: its name, for messages.
+
+    Returns:
+        1-based indexes in the model's order, and warnings.
+
+    Raises:
+        RasterError, GeoreferenceError: the scene cannot be opened or used.
+        DataError: too few bands, or named ones among which one is missing.
+    """
+    with SceneReader(scene) as reader:
+        available, info = reader.bands, reader.info
+    found = find_bands(info, wanted)
+    if found is not None:
+        return found, []
+    needs = f"model {model!r} needs {len(wanted)}: {', '.join(wanted)}"
+    described = described_bands(info, wanted)
+    if any(described):
+        listed = ", ".join(name or "unnamed" for name in described)
+        raise DataError(f"scene {scene} names its bands {listed}; {needs}; name or reorder the bands")
+    if len(available) < len(wanted):
+        raise DataError(f"scene {scene} has {len(available)} band{'s' * (len(available) != 1)}; {needs}")
+    chosen = available[: len(wanted)]
+    if len(available) == len(wanted) and not order_contradicts_colours(info, wanted, chosen):
+        return chosen, []
+    listed = ", ".join(str(index) for index in chosen)
+    return chosen, [
+        f"scene {scene} has {len(available)} bands without the names {', '.join(wanted)}; "
+        f"bands {listed} were taken as these"
+    ]

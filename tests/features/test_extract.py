@@ -1,5 +1,6 @@
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,17 +124,20 @@ def test_digest_changes_with_any_weight(backbone):
 def test_keys_differ_in_every_part(tmp_path):
     path = tmp_path / "image.tif"
     path.write_bytes(b"12345")
-    same = dict(window=(0, 0, 8, 8), blocks=(1, 2), view=0, image_scale=1.0)
+    norm = Normalization(bands=("red",), scale=(1.0,), offset=(0.0,), mean=(0.0,), std=(1.0,))
+    same = dict(bands=(1,), normalization=norm, window=(0, 0, 8, 8), blocks=(1, 2), view=0, image_scale=1.0)
     keys = {feature_key("w", path, **same)}
     assert feature_key("w", path, **same) in keys
     for change in (dict(window=(0, 0, 8, 9)), dict(blocks=(2,)), dict(view=1), dict(image_scale=2.0)):
         keys.add(feature_key("w", path, **{**same, **change}))
+    keys.add(feature_key("w", path, **{**same, "bands": (2,)}))
+    keys.add(feature_key("w", path, **{**same, "normalization": replace(norm, mean=(0.5,))}))
     keys.add(feature_key("v", path, **same))
     path.write_bytes(b"123456")
     keys.add(feature_key("w", path, **same))
     os.utime(path, ns=(time.time_ns(), 5))
     keys.add(feature_key("w", path, **same))
-    assert len(keys) == 8
+    assert len(keys) == 10
     with pytest.raises(DataError, match="nowhere"):
         feature_key("w", tmp_path / "nowhere.tif", **same)
 

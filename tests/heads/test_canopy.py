@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 
 from dinov3geo.backbones import zoo
@@ -141,6 +142,33 @@ def test_equal_seeds_give_equal_heads_with_or_without_cache(plots, backbone_file
     assert len(list((tmp_path / "cache").iterdir())) == 3 * SETTINGS.views
 
 
+def test_fitting_reads_bands_by_name_as_prediction_does(plots, backbone_file, write_raster, tmp_path):
+    images, heights = plots
+    for image in sorted(images.iterdir()):
+        with rasterio.open(image) as source:
+            numbers = source.read()
+        # Unlike bands, or an exchange would not show.
+        numbers = (numbers * np.array([1.0, 0.7, 0.4])[:, None, None]).astype(np.uint8)
+        origin = source.transform.c, source.transform.f
+        write_raster(
+            f"as_rgb/{image.name}", array=numbers, origin=origin, band_names=["red", "green", "blue"]
+        )
+        write_raster(
+            f"as_bgr/{image.name}", array=numbers[::-1], origin=origin, band_names=["blue", "green", "red"]
+        )
+    written = []
+    for name in ("as_rgb", "as_bgr"):
+        out = tmp_path / f"model_{name}"
+        fit_canopy(images.parent / name, heights, out=out, backbone=backbone_file, settings=SETTINGS)
+        written.append((out / "head.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_a_head_averages_only_the_views_that_it_was_fitted_on():
+    with pytest.raises(ValueError, match="predict_views is 8, but the head is fitted on 1 views"):
+        CanopySettings(predict_views=8)
+
+
 def test_an_existing_folder_is_replaced_only_on_request(fitted, plots, backbone_file):
     out, _ = fitted
     before = (out / "head.safetensors").read_bytes()
@@ -175,7 +203,7 @@ def test_bad_heights_leave_nothing_behind(plots, backbone_file, write_raster, tm
 
 def test_images_with_other_bands_are_refused(plots, backbone_file, write_raster, tmp_path):
     gray = write_raster("gray.tif", shape=(1, 40, 60), origin=(X, Y))
-    with pytest.raises(DataError, match=r"3 bands \(red, green, blue\), but the image has 1"):
+    with pytest.raises(DataError, match=r"has 1 band; model 'vit-test' needs 3: red, green, blue"):
         fit_canopy(gray, plots[1], out=tmp_path / "m", backbone=backbone_file, settings=SETTINGS)
 
 

@@ -11,8 +11,9 @@ from rasterio.enums import ColorInterp
 from dinov3geo.backbones.card import Normalization
 from dinov3geo.backbones.vit import VisionTransformer, VitConfig
 from dinov3geo.errors import DataError, RasterError
-from dinov3geo.predict.checks import ModelInput, check_numbers, check_picture, choose_bands, gsd_warnings
+from dinov3geo.predict.checks import ModelInput, check_numbers, check_picture, gsd_warnings
 from dinov3geo.predict.preview import read_overview
+from dinov3geo.rasters.bands import choose_bands
 from dinov3geo.rasters.reader import SceneReader
 
 WriteRaster = Callable[..., Path]
@@ -55,8 +56,8 @@ RGB = ("red", "green", "blue")
 
 def test_bands_without_names_are_taken_in_order(write_raster: WriteRaster) -> None:
     scene = write_raster(photometric="MINISBLACK")
-    assert choose_bands(scene, make_input(1.0, bands=("nir", "red", "green"))) == ((1, 2, 3), [])
-    assert choose_bands(scene, make_input(1.0, bands=RGB)) == ((1, 2, 3), [])
+    assert choose_bands(scene, ("nir", "red", "green"), model="vit-test") == ((1, 2, 3), [])
+    assert choose_bands(scene, RGB, model="vit-test") == ((1, 2, 3), [])
 
 
 @pytest.mark.parametrize("names", [["nir", "red", "green"], ["Red", "", ""], ["height"]])
@@ -66,20 +67,20 @@ def test_names_that_lack_a_band_are_refused(write_raster: WriteRaster, names: li
     scene = write_raster(shape=(len(names), 8, 8), band_names=names, **options)
     listed = ", ".join(name.lower() or "unnamed" for name in names)
     with pytest.raises(DataError, match=f"names its bands {listed}; model 'vit-test' needs 3: red, green, b"):
-        choose_bands(scene, make_input(1.0, bands=RGB))
+        choose_bands(scene, RGB, model="vit-test")
 
 
 def test_descriptions_that_name_no_band_do_not_count(write_raster: WriteRaster) -> None:
     scene = write_raster(band_names=["B04", "B03", "B02"])
-    assert choose_bands(scene, make_input(1.0, bands=RGB)) == ((1, 2, 3), [])
+    assert choose_bands(scene, RGB, model="vit-test") == ((1, 2, 3), [])
 
 
 def test_bands_are_found_by_colour_interpretation(write_raster: WriteRaster) -> None:
     scene = write_raster(shape=(4, 8, 8))
     with rasterio.open(scene, "r+") as dataset:
         dataset.colorinterp = [getattr(ColorInterp, name) for name in ("blue", "green", "red", "undefined")]
-    assert choose_bands(scene, make_input(1.0, bands=RGB)) == ((3, 2, 1), [])
-    bands, (warning,) = choose_bands(scene, make_input(1.0, bands=(*RGB, "nir")))
+    assert choose_bands(scene, RGB, model="vit-test") == ((3, 2, 1), [])
+    bands, (warning,) = choose_bands(scene, (*RGB, "nir"), model="vit-test")
     assert bands == (1, 2, 3, 4) and "were taken as these" in warning
     np.testing.assert_array_equal(read_overview(scene).values, rasterio.open(scene).read([3, 2, 1]))
 
@@ -87,7 +88,7 @@ def test_bands_are_found_by_colour_interpretation(write_raster: WriteRaster) -> 
 def test_an_alpha_band_is_no_band(write_raster: WriteRaster) -> None:
     scene = write_raster(shape=(4, 8, 8), photometric="RGB", alpha="YES")
     with pytest.raises(DataError, match="has 3 bands; model 'vit-test' needs 4"):
-        choose_bands(scene, make_input(1.0, bands=("red", "green", "blue", "nir")))
+        choose_bands(scene, ("red", "green", "blue", "nir"), model="vit-test")
 
 
 def test_a_backbone_tells_what_it_takes_by_its_card(backbone: VisionTransformer) -> None:
