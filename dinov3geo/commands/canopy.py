@@ -22,11 +22,13 @@ from dinov3geo.commands.options import (
     Cache,
     Changes,
     Device,
+    Engine,
     Epochs,
     Heights,
     Images,
     Overlap,
     Overwrite,
+    Precision,
     Seed,
     Tile,
     command_line,
@@ -199,6 +201,20 @@ def predict(
     tile: Tile = 512,
     overlap: Overlap = 128,
     batch_size: BatchSize = 4,
+    integer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="dm|m",
+            help="Store whole decimetres (uint16) or metres (uint8).",
+            show_default="float32 metres",
+        ),
+    ] = None,
+    uncertainty: Annotated[
+        bool,
+        typer.Option("--uncertainty", help="Add a band: spread over four flips and turns [m]. 4 x slower."),
+    ] = False,
+    precision: Precision = "auto",
+    engine: Engine = "local",
     preview: Annotated[
         Path | None,
         typer.Option(metavar="PNG", help="Picture of scene and heights.", show_default="beside the output"),
@@ -207,7 +223,10 @@ def predict(
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Predict the canopy height of scenes as cloud-optimised GeoTIFFs."""
+    """Predict the canopy height of scenes as cloud-optimised GeoTIFFs.
+
+    A run that was cut off goes on where it was when the same command is given again.
+    """
     from dinov3geo.predict.products import predict_canopy
     from dinov3geo.rasters.reader import find_rasters, inspect_scene
 
@@ -232,6 +251,10 @@ def predict(
                 tile=tile,
                 overlap=overlap,
                 batch_size=batch_size,
+                integer=integer,
+                uncertainty=uncertainty,
+                precision=precision,
+                engine=engine,
                 overwrite=overwrite,
                 preview=picture,
                 progress=tell,

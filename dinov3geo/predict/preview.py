@@ -83,7 +83,7 @@ def write_preview(scene: str | Path | None, heights: str | Path, png: str | Path
         GeoreferenceError: scene and heights do not overlap, or lie in different CRS.
         DataError: the heights hold no valid pixel.
     """
-    height_map = read_overview(heights, bands=(1,))
+    height_map = read_overview(heights, bands=(1,), scaled=True)
     if not height_map.valid.any():
         raise DataError(f"{heights} holds no valid pixel: nothing to show")
     image = None if scene is None else read_overview(scene)
@@ -103,7 +103,7 @@ def write_preview(scene: str | Path | None, heights: str | Path, png: str | Path
 
 
 def read_overview(
-    path: str | Path, *, bands: tuple[int, ...] | None = None, max_side: int = MAX_SIDE
+    path: str | Path, *, bands: tuple[int, ...] | None = None, max_side: int = MAX_SIDE, scaled: bool = False
 ) -> Overview:
     """Reads a raster at a size for the screen, whatever its own.
 
@@ -111,6 +111,7 @@ def read_overview(
         path: raster file.
         bands: 1-based indexes; None for those to show as red, green, blue, or the first one as grey.
         max_side: pixels along the longer side.
+        scaled: whether stored numbers are turned into values by the scale that the file declares.
 
     Raises:
         RasterError: the file cannot be read.
@@ -126,10 +127,11 @@ def read_overview(
             values = dataset.read(chosen, out_shape=shape, resampling=Resampling.average)
             # White or black in one band is no hole, so a pixel counts if any of its bands does.
             valid = (dataset.read_masks(chosen, out_shape=shape) > 0).any(axis=0)
+            scales = [dataset.scales[index - 1] if scaled else 1.0 for index in chosen]
             model = dataset.tags().get("DINOV3GEO_MODEL", "")
     except RasterioError as error:
         raise RasterError(f"cannot read {path}: damaged or truncated ({error})") from error
-    values = values.astype(np.float32)
+    values = values.astype(np.float32) * np.array(scales, dtype=np.float32)[:, None, None]
     valid &= np.isfinite(values).all(axis=0)
     if info.grid.transform.e > 0:
         values, valid = values[:, ::-1], valid[::-1]

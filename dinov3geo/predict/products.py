@@ -1,44 +1,29 @@
-"""Maps of a whole scene as GeoTIFFs: canopy height in metres, and patch features."""
+"""Maps of a whole scene as GeoTIFFs: canopy height in metres, land cover, and patch features."""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from dinov3geo import __version__
 from dinov3geo.backbones.base import Backbone
-from dinov3geo.errors import ConfigError, DataError
-from dinov3geo.features.extract import pixels_per_patch
-from dinov3geo.features.visualize import fit_pca
+from dinov3geo.errors import ConfigError
+from dinov3geo.features.extract import pixels_per_patch, weights_digest
+from dinov3geo.features.visualize import PcaBasis
 from dinov3geo.heads.base import HeightModel
 from dinov3geo.paths import check_target
-from dinov3geo.predict.checks import (
-    ModelInput,
-    check_numbers,
-    check_picture,
-    gsd_warnings,
-)
+from dinov3geo.predict.checks import ModelInput, check_picture
+from dinov3geo.predict.encodings import feature_encoding, height_encoding
+from dinov3geo.predict.engines import Progress, check_engine, write_map
+from dinov3geo.predict.jobs import canopy_input, file_tags, model_facts, prepare
 from dinov3geo.predict.preview import write_preview
-from dinov3geo.predict.runners import canopy_runner, feature_runner, pca_runner, sample_features
-from dinov3geo.predict.stream import Array, Floats, Mask, RunTiles, stream_rows
-from dinov3geo.rasters.bands import choose_bands
-from dinov3geo.rasters.geotiff import GeoTiffWriter, block_cache
-from dinov3geo.rasters.grid import PixelGrid, TilePlan
-from dinov3geo.rasters.reader import SceneReader
-
-Progress = Callable[[int, int], None]
-"""Called with tiles done and tiles in all."""
+from dinov3geo.predict.runners import canopy_runner, feature_runner, pca_runner
+from dinov3geo.predict.stream import RunTiles
 
 MAX_BANDS = 512
 """Of a file of features; a block of a GeoTIFF holds all bands, and whoever reads it holds some blocks."""
-
-# Two rows of blocks, read and written, of a scene 30,000 pixels wide.
-_CACHE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +88,10 @@ def predict_canopy(
     tile: int = 512,
     overlap: int = 128,
     batch_size: int = 4,
+    integer: str | None = None,
+    uncertainty: bool = False,
+    precision: str = "auto",
+    engine: str = "local",
     overwrite: bool = False,
     preview: str | Path | None = None,
     progress: Progress | None = None,
@@ -112,7 +101,8 @@ def predict_canopy(
     """Predicts the canopy height of a scene into a cloud-optimised GeoTIFF.
 
     The output has the scene's CRS, extent and pixels; heights are float32 metres, pixels without data are
-    the head's nodata (-9999). It appears under its name only when whole.
+    the head's nodata (-9999). It appears under its name only when whole; a run that was killed goes on where
+    it was when it is started again, and ends in the same bytes.
 
     Args:
         scene: raster file of any size; memory grows with its width only.
@@ -121,6 +111,11 @@ def predict_canopy(
         tile: side of a tile in pixels.
         overlap: pixels that neighbouring tiles share and are blended over.
         batch_size: tiles per forward pass.
+        integer: "dm" for decimetres as uint16 or "m" for metres as uint8 (nodata is their largest number).
+        uncertainty: write a second band, the standard deviation over four flips and turns [m]; takes four
+            times as long.
+        precision: "auto" (bfloat16 on devices made for it), "float32" or "bfloat16".
+        engine: "local", or "ray" for the workers of a Ray cluster.
         overwrite: whether an existing output or preview may be replaced.
         preview: PNG to write beside it, or None.
         progress: told about tiles done.
@@ -131,45 +126,47 @@ def predict_canopy(
         RasterError: the scene cannot be read, or the output or preview not written or there already.
         GeoreferenceError: the scene has no usable position.
         DataError: too few bands, numbers of another scale, NaN, or no valid pixel at all.
-        ConfigError: tile, overlap or batch size make no sense.
+        ConfigError: tile, overlap, batch size, integer or precision make no sense.
     """
     began = time.perf_counter()
     scene, output = Path(scene), Path(output)
     png = None if preview is None else Path(preview)
+    check_engine(engine)
     if png is not None:
         check_picture(png, sources=(scene, output), overwrite=overwrite)
-    wanted = _canopy_input(model, model_name)
+    wanted = canopy_input(model, model_name)
     check_target(output, sources=(scene,), overwrite=overwrite)
-    with _prepared(scene, wanted, tile, overlap, batch_size) as job:
-        runner = _CountingRunner(canopy_runner(model), len(job.plan), progress)
-        spec = model.output
-        with GeoTiffWriter(
-            output,
-            job.grid,
-            count=1,
-            dtype=spec.dtype,
-            nodata=spec.nodata,
-            band_names=(spec.name.replace("_", " "),),
-            units=spec.unit,
-            tags=_tags(wanted.name, command),
-            overviews="average",
-            overwrite=overwrite,
-        ) as writer:
-            statistics = _write_rows(writer, job, runner, spec.nodata, batch_size=batch_size)
-            statistics.check(scene)
-        runner.finish()
+    encoding = height_encoding(
+        model.output, integer=integer, uncertainty=uncertainty, tags=file_tags(wanted.name, command)
+    )
+    make_runner = functools.partial(canopy_runner, model, spread=uncertainty, precision=precision)
+    make_runner()  # raises for settings that make no sense
+    job = prepare(scene, wanted, tile, overlap, batch_size)
+    facts = {**model_facts(model), "uncertainty": uncertainty, "precision": precision}
+    outcome = write_map(
+        output,
+        job.task(make_runner, encoding.inputs),
+        job.grid,
+        encoding,
+        job=facts,
+        engine=engine,
+        overwrite=overwrite,
+        progress=progress,
+    )
     if png is not None:
         write_preview(scene, output, png)
+    statistics, step = outcome.statistics, encoding.layer.scale
+    count = statistics.count[0]
     return PredictionReport(
         output=output,
         preview=png,
         seconds=time.perf_counter() - began,
-        tiles=runner.done,
-        valid_share=statistics.count / (job.grid.height * job.grid.width),
-        area_km2=statistics.count * job.grid.gsd_m**2 / 1e6,
-        minimum_m=statistics.minimum,
-        mean_m=statistics.total / statistics.count,
-        maximum_m=statistics.maximum,
+        tiles=outcome.tiles,
+        valid_share=count / statistics.pixels,
+        area_km2=count * job.grid.gsd_m**2 / 1e6,
+        minimum_m=statistics.minimum[0] * step,
+        mean_m=statistics.total[0] * step / count,
+        maximum_m=statistics.maximum[0] * step,
         warnings=job.warnings,
     )
 
@@ -221,160 +218,38 @@ def predict_features(
             "principal components (--pca K)"
         )
     check_target(output, sources=(scene,), overwrite=overwrite)
-    with _prepared(scene, wanted, tile, overlap, batch_size, stride=stride) as job:
-        features = feature_runner(backbone, image_scale=image_scale)
-        names = tuple(f"feature {number}" for number in range(backbone.embed_dim))
-        explained: tuple[float, ...] = ()
-        if pca is not None:
-            sample = sample_features(job.reader, job.plan, features, stride=stride)
-            basis = fit_pca(sample, components=pca)
-            features = pca_runner(features, basis)
-            names = tuple(f"principal component {number}" for number in range(1, pca + 1))
-            explained = tuple(float(share) for share in basis.explained)
-        runner = _CountingRunner(features, len(job.plan), progress)
-        grid = job.grid.coarsen(stride)
-        with GeoTiffWriter(
-            output,
-            grid,
-            count=len(names),
-            dtype="float32",
-            nodata=float("nan"),
-            band_names=names,
-            tags=_tags(wanted.name, command),
-            overviews="average",
-            overwrite=overwrite,
-        ) as writer:
-            statistics = _write_rows(writer, job, runner, float("nan"), batch_size=batch_size)
-            statistics.check(scene)
-        runner.finish()
+    job = prepare(scene, wanted, tile, overlap, batch_size, stride=stride)
+    make_features = functools.partial(feature_runner, backbone, image_scale=image_scale)
+    names = tuple(f"feature {number}" for number in range(backbone.embed_dim))
+    make_runner: Callable[[], RunTiles] = make_features
+    explained: tuple[float, ...] = ()
+    if pca is not None:
+        basis = job.fit_pca(make_features(), pca)
+        make_runner = functools.partial(_pca_of, make_features, basis)
+        names = tuple(f"principal component {number}" for number in range(1, pca + 1))
+        explained = tuple(float(share) for share in basis.explained)
+    encoding = feature_encoding(names, tags=file_tags(wanted.name, command))
+    facts = {"weights": weights_digest(backbone), "pca": pca, "image_scale": image_scale}
+    outcome = write_map(
+        output,
+        job.task(make_runner, encoding.inputs),
+        job.cells,
+        encoding,
+        job=facts,
+        overwrite=overwrite,
+        progress=progress,
+    )
     return FeatureReport(
         output=output,
         seconds=time.perf_counter() - began,
-        tiles=runner.done,
-        grid_hw=grid.shape_hw,
+        tiles=outcome.tiles,
+        grid_hw=job.cells.shape_hw,
         dimensions=len(names),
-        valid_share=statistics.count / (grid.height * grid.width),
+        valid_share=outcome.statistics.count[0] / outcome.statistics.pixels,
         explained=explained,
         warnings=job.warnings,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """An open scene that suits the model, and its tiles."""
-
-    reader: SceneReader
-    plan: TilePlan
-    stride: int
-    warnings: tuple[str, ...]
-
-    @property
-    def grid(self) -> PixelGrid:
-        """Of the scene."""
-        return self.reader.info.grid
-
-
-@contextmanager
-def _prepared(
-    scene: Path,
-    wanted: ModelInput,
-    tile: int,
-    overlap: int,
-    batch_size: int,
-    *,
-    stride: int = 1,
-) -> Iterator[_Job]:
-    """Opens the scene and checks all that can be checked before any work."""
-    if batch_size < 1:
-        raise ConfigError(f"batch size must be at least 1, got {batch_size}")
-    if tile < stride:
-        raise ConfigError(f"tile must be at least one patch of {stride} pixels, got {tile}")
-    bands, warnings = choose_bands(scene, wanted.normalization.bands, model=wanted.name)
-    with block_cache(_CACHE_BYTES), SceneReader(scene, bands=bands) as reader:
-        grid = reader.info.grid
-        check_numbers(reader, wanted)
-        warnings += gsd_warnings(scene, grid.gsd_m, wanted)
-        plan = grid.tiles(tile // stride * stride, overlap // stride * stride, stride)
-        yield _Job(reader, plan, stride, tuple(warnings))
-
-
-class _CountingRunner:
-    """Runs tiles, counts them and tells the progress."""
-
-    def __init__(self, run: RunTiles, total: int, progress: Progress | None) -> None:
-        self.done = 0
-        self._run = run
-        self._total = total
-        self._progress = progress
-
-    def __call__(self, images: Array, valid: Mask) -> Floats:
-        outputs = self._run(images, valid)
-        self.done += len(images)
-        self._tell(self.done)
-        return outputs
-
-    def finish(self) -> None:
-        """The rest of the tiles held no data."""
-        self._tell(self._total)
-
-    def _tell(self, done: int) -> None:
-        if self._progress is not None:
-            self._progress(done, self._total)
-
-
-@dataclass(slots=True)
-class _Statistics:
-    """Of the valid outputs so far, over all bands; `count` counts cells."""
-
-    count: int = 0
-    total: float = 0.0
-    minimum: float = field(default=float("inf"))
-    maximum: float = field(default=float("-inf"))
-
-    def add(self, values: Floats) -> None:
-        """Adds valid cells [K, N]."""
-        if values.size:
-            self.count += values.shape[1]
-            self.total += float(values.sum(dtype=np.float64))
-            self.minimum = min(self.minimum, float(values.min()))
-            self.maximum = max(self.maximum, float(values.max()))
-
-    def check(self, scene: Path) -> None:
-        """Raises `DataError` unless there was something, and all of it finite."""
-        if not self.count:
-            raise DataError(f"scene {scene} holds no valid pixel: all of it is nodata; nothing was written")
-        if not np.isfinite(self.total):
-            raise DataError(f"the model gave NaN or infinity on scene {scene}; its weights may be damaged")
-
-
-def _write_rows(
-    writer: GeoTiffWriter, job: _Job, run: RunTiles, nodata: float, *, batch_size: int
-) -> _Statistics:
-    """Streams the scene through the model into the writer."""
-    statistics = _Statistics()
-    strips = stream_rows(
-        job.reader, job.plan, run, batch_size=batch_size, num_outputs=writer.count, stride=job.stride
-    )
-    # Closing ends the reading thread, before an error on its way up closes the reader.
-    with closing(strips):
-        for window, values, valid in strips:
-            statistics.add(values[:, valid])
-            values[:, ~valid] = nodata
-            writer.write(window, values)
-    return statistics
-
-
-def _canopy_input(model: HeightModel, name: str) -> ModelInput:
-    """Bands of the backbone, GSD of the heights' training where the card tells it."""
-    backbone = ModelInput.of_backbone(model.backbone)
-    gsd = model.card.get("gsd_m")
-    return ModelInput(
-        name=name or str(model.card.get("name", backbone.name)),
-        normalization=backbone.normalization,
-        gsd_m=backbone.gsd_m if gsd is None else (float(gsd[0]), float(gsd[1])),
-    )
-
-
-def _tags(model: str, command: str) -> dict[str, str]:
-    tags = {"DINOV3GEO_MODEL": model, "DINOV3GEO_VERSION": __version__}
-    return {**tags, "DINOV3GEO_COMMAND": command} if command else tags
+def _pca_of(make_features: Callable[[], RunTiles], basis: PcaBasis) -> RunTiles:
+    return pca_runner(make_features(), basis)

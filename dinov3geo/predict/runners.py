@@ -2,38 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import nn
 
 from dinov3geo.backbones.base import Backbone
-from dinov3geo.errors import DataError
-from dinov3geo.features.extract import extract_feature_maps
+from dinov3geo.errors import ConfigError, DataError
+from dinov3geo.features.extract import apply_view, extract_feature_maps, undo_view
 from dinov3geo.features.visualize import PcaBasis
+from dinov3geo.heads.base import OutputSpec
 from dinov3geo.heads.base import HeightModel
 from dinov3geo.predict.stream import Array, Floats, Mask, RunTiles, WindowSource, read_tile
 from dinov3geo.rasters.grid import TilePlan
 
 
-def canopy_runner(model: HeightModel) -> RunTiles:
-    """Heights [B, 1, h, w] in metres of images [B, C, h, w], on the model's device."""
+class ClassModel(Protocol):
+    """What a land-cover model is for the engine: a backbone and class probabilities of each pixel."""
+
+    backbone: Backbone
+
+    @property
+    def output(self) -> OutputSpec:
+        """Its class names."""
+
+    def predict(self, numbers: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Images [B, C, H, W] as the file holds them to probabilities [B, K, H, W] that sum to 1."""
+
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+"""Of a model's numbers; auto is bfloat16 where the device computes it in hardware, else float32."""
+
+SPREAD_VIEWS = (0, 1, 2, 3)
+"""Flips and the half turn: they keep the shape of a tile."""
+
+
+def canopy_runner(model: HeightModel, *, spread: bool = False, precision: str = "auto") -> RunTiles:
+    """Heights in metres of images [B, C, h, w], on the model's device.
+
+    Args:
+        model: backbone and head.
+        spread: also give the standard deviation over `SPREAD_VIEWS`, whose mean is then the height.
+        precision: a name in `PRECISIONS`.
+
+    Returns:
+        A function to [B, 1, h, w], or [B, 2, h, w] with the spread.
+
+    Raises:
+        ConfigError: no such precision.
+    """
     device = _device(model.backbone)
+    dtype = _precision(precision, device)
 
     def run(images: Array, valid: Mask) -> Floats:
-        with torch.inference_mode():
-            heights = model.predict(_tensor(images, device), torch.from_numpy(valid).to(device))
-        return np.asarray(heights.float().cpu().numpy(), dtype=np.float32)
+        numbers, known = _tensor(images, device), torch.from_numpy(valid).to(device)
+        with torch.inference_mode(), _cast(device, dtype):
+            if not spread:
+                heights = model.predict(numbers, known).float()
+            else:
+                views = [
+                    undo_view(model.predict(apply_view(numbers, v), apply_view(known, v)).float(), v)
+                    for v in SPREAD_VIEWS
+                ]
+                deviation, mean = torch.std_mean(torch.stack(views), dim=0)
+                heights = torch.cat([mean, deviation], dim=1)
+        return np.asarray(heights.cpu().numpy(), dtype=np.float32)
 
     return run
 
 
-def feature_runner(backbone: Backbone, *, image_scale: float = 1.0) -> RunTiles:
+def feature_runner(backbone: Backbone, *, image_scale: float = 1.0, precision: str = "auto") -> RunTiles:
     """Normed patch features [B, D, h / s, w / s] of the last block, s = patch size / image scale."""
     device = _device(backbone)
+    dtype = _precision(precision, device)
     last = (backbone.num_blocks - 1,)
 
     def run(images: Array, valid: Mask) -> Floats:
-        with torch.inference_mode():
+        with torch.inference_mode(), _cast(device, dtype):
             (features,) = extract_feature_maps(
                 backbone,
                 _tensor(images, device),
@@ -42,6 +90,20 @@ def feature_runner(backbone: Backbone, *, image_scale: float = 1.0) -> RunTiles:
                 image_scale=image_scale,
             )
         return np.asarray(features.float().cpu().numpy(), dtype=np.float32)
+
+    return run
+
+
+def class_runner(model: ClassModel, *, precision: str = "auto") -> RunTiles:
+    """Class probabilities [B, K, h, w] of images [B, C, h, w], on the model's device."""
+    device = _device(model.backbone)
+    dtype = _precision(precision, device)
+
+    def run(images: Array, valid: Mask) -> Floats:
+        numbers, known = _tensor(images, device), torch.from_numpy(valid).to(device)
+        with torch.inference_mode(), _cast(device, dtype):
+            shares = model.predict(numbers, known)
+        return np.asarray(shares.float().cpu().numpy(), dtype=np.float32)
 
     return run
 
@@ -97,6 +159,25 @@ def sample_features(
     if not chosen:
         raise DataError("the scene holds no valid pixel: all of it is nodata")
     return np.concatenate(chosen)
+
+
+def _precision(name: str, device: torch.device) -> torch.dtype:
+    if name not in PRECISIONS:
+        raise ConfigError(f"unknown precision {name!r}; valid names: {', '.join(PRECISIONS)}")
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+@contextmanager
+def _cast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Runs matrix products in a smaller type, if it is one; sums and norms stay float32."""
+    if dtype == torch.float32:
+        yield
+        return
+    with torch.autocast(device.type, dtype):
+        yield
 
 
 def _device(module: nn.Module) -> torch.device:

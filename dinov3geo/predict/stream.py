@@ -1,17 +1,23 @@
 """Tiles of a scene through a model into blended rows, in memory that the scene's height does not change.
 
-Tiles are read ahead in a thread, run in batches and averaged by blend weights in a ring of rows one tile
-high. A row that no later tile touches is finished: it leaves the ring, once, and its place is used again
-further down.
+Tiles are read ahead by threads, run in batches in another one, and averaged by blend weights in a ring of
+rows one tile high. A row that no later tile touches is finished: it leaves the ring, once, and its place is
+used again further down. So reading, computing and whatever the caller does with the rows overlap.
+
+What a network returns for a tile depends, in the last bits, on the batch that the tile is in. So batches are
+formed within groups of rows of tiles that the plan alone determines: any range of rows comes out in the same
+bytes, whether it is computed with all the others, after a restart or on another machine.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +33,12 @@ RunTiles = Callable[[Array, Mask], Floats]
 
 BATCHES_AHEAD = 2
 """Batches read while the model runs: one ready, one in the making."""
+
+OUTPUTS_AHEAD = 2
+"""Batches computed while the rows before are written."""
+
+GROUP_BATCHES = 4
+"""A group has as many rows of tiles as make this many batches, at least one row."""
 
 
 class WindowSource(Protocol):
@@ -61,18 +73,19 @@ class RowRing:
     A mean is kept up to date, not a sum: tiles that agree on a value then give exactly that value.
     """
 
-    def __init__(self, num_outputs: int, height: int, width: int) -> None:
+    def __init__(self, num_outputs: int, height: int, width: int, first_row: int = 0) -> None:
         """Allocates the ring, the engine's only memory that grows with the scene (with its width).
 
         Args:
             num_outputs: K, values per cell.
             height: rows in flight, one tile.
             width: of the output in cells.
+            first_row: first row of the output that it will hold.
         """
         self.means: Floats = np.zeros((num_outputs, height, width), dtype=np.float32)
         self.weights: Floats = np.zeros((height, width), dtype=np.float32)
         self.valid: Mask = np.zeros((height, width), dtype=np.bool_)
-        self.first_row = 0
+        self.first_row = first_row
 
     def _pieces(self, row: int, count: int) -> Iterator[tuple[slice, slice]]:
         """Where `count` rows from `row` on lie: (rows of the ring, rows of the block), one piece or two."""
@@ -128,27 +141,31 @@ class RowRing:
 
 
 def stream_rows(
-    reader: WindowSource,
+    readers: WindowSource | Sequence[WindowSource],
     plan: TilePlan,
     run_tiles: RunTiles,
     *,
     batch_size: int,
     num_outputs: int,
     stride: int = 1,
+    rows: tuple[int, int] | None = None,
 ) -> Generator[tuple[Window, Floats, Mask]]:
-    """Runs a model over every tile and yields the blended output in strips of rows, top to bottom.
+    """Runs a model over the tiles and yields the blended output in strips of rows, top to bottom.
 
-    Every output row comes exactly once. Tiles without a valid pixel are not run. An exception of the
-    reading thread arrives here; the thread has ended when the iterator is exhausted or closed.
+    Every output row comes exactly once. Tiles without a valid pixel are not run. An exception of a thread
+    arrives here; all threads have ended when the iterator is exhausted or closed.
 
     Args:
-        reader: the scene; from the first strip on it is used by the reading thread only.
+        readers: the scene; each reader is used by one thread at a time, and from the first strip on by nobody
+            else.
         plan: tiles that cover the scene; with a stride above 1, made with `multiple=stride`.
         run_tiles: images [B, C, h, w] in the file's dtype and valid [B, h, w] to outputs
-            [B, K, ceil(h / stride), ceil(w / stride)] float32.
+            [B, K, ceil(h / stride), ceil(w / stride)] float32. It runs in a thread of its own.
         batch_size: tiles per call of `run_tiles`.
         num_outputs: K.
         stride: scene pixels per output cell along a side, e.g. the patch size for features.
+        rows: first output row wanted and the one after the last; None for all. They are the same whatever
+            the range.
 
     Yields:
         Window in output cells over the whole width, values [K, rows, width] (NaN where invalid) and
@@ -162,23 +179,112 @@ def stream_rows(
     _check_plan(plan, stride)
     tile_cells = (math.ceil(plan.size_hw[0] / stride), math.ceil(plan.size_hw[1] / stride))
     height, width = output_shape(plan, stride)
+    first, stop = rows or (0, height)
+    if not 0 <= first <= stop <= height:
+        raise ValueError(f"rows must be within 0 and {height}, got {rows}")
     weights = blend_weights(tile_cells, plan.overlap // stride)
-    ring = RowRing(num_outputs, tile_cells[0], width)
+    sources = list(readers) if isinstance(readers, Sequence) else [readers]
+    work = _Work(sources, plan, stride, batch_size, first, stop, tile_cells[0])
+    ring = RowRing(num_outputs, tile_cells[0], width, work.top)
 
-    def strips(stop_row: int) -> Iterator[tuple[Window, Floats, Mask]]:
-        for row, values, valid in ring.take(stop_row):
-            yield Window(0, row, width, values.shape[1]), values, valid
+    def strips(until: int) -> Iterator[tuple[Window, Floats, Mask]]:
+        for row, values, valid in ring.take(min(until, stop)):
+            skipped = max(first - row, 0)
+            if skipped < values.shape[1]:
+                kept = values[:, skipped:]
+                yield Window(0, row + skipped, width, kept.shape[1]), kept, valid[skipped:]
 
-    batches = _batched(_read_tiles(reader, plan, stride), batch_size)
-    for batch in prefetched(batches, depth=BATCHES_AHEAD):
-        outputs = run_tiles(np.stack([t.image for t in batch]), np.stack([t.valid for t in batch]))
-        expected = (len(batch), num_outputs, *tile_cells)
-        if outputs.shape != expected:
-            raise ValueError(f"run_tiles returned shape {outputs.shape}, expected {expected}")
-        for tile, values in zip(batch, outputs, strict=True):
-            yield from strips(tile.row)
-            ring.add(tile.row, tile.col, values, weights, tile.cells)
-    yield from strips(height)
+    def run() -> Iterator[tuple[list[Tile], Floats]]:
+        with closing(work.batches()) as batches:
+            for batch in batches:
+                outputs = run_tiles(np.stack([t.image for t in batch]), np.stack([t.valid for t in batch]))
+                expected = (len(batch), num_outputs, *tile_cells)
+                if outputs.shape != expected:
+                    raise ValueError(f"run_tiles returned shape {outputs.shape}, expected {expected}")
+                yield batch, outputs
+
+    with closing(prefetched(run(), depth=OUTPUTS_AHEAD, name="run-model")) as done:
+        for batch, outputs in done:
+            for tile, values in zip(batch, outputs, strict=True):
+                if work.is_wanted(tile.row):
+                    yield from strips(tile.row)
+                    ring.add(tile.row, tile.col, values, weights, tile.cells)
+    yield from strips(stop)
+
+
+def row_groups(plan: TilePlan, batch_size: int) -> list[tuple[int, ...]]:
+    """Row starts of a plan in groups; no batch holds tiles of two groups."""
+    size = max(1, -(-GROUP_BATCHES * batch_size // len(plan.col_starts)))
+    return [plan.row_starts[start : start + size] for start in range(0, len(plan.row_starts), size)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The tiles that a range of rows needs, read ahead and in batches."""
+
+    readers: list[WindowSource]
+    plan: TilePlan
+    stride: int
+    batch_size: int
+    first: int
+    stop: int
+    tile_rows: int
+
+    @property
+    def top(self) -> int:
+        """First row of the first tile that touches the range."""
+        wanted = (self._row(start) for start in self.plan.row_starts if self.is_wanted(self._row(start)))
+        return min(next(wanted, self.first), self.first)
+
+    def is_wanted(self, row: int) -> bool:
+        """Whether a tile whose first row this is touches the range."""
+        return row < self.stop and row + self.tile_rows > self.first
+
+    def batches(self) -> Generator[list[Tile]]:
+        """Batches with any wanted tile; each holds the same tiles whatever the range."""
+        groups = row_groups(self.plan, self.batch_size)
+        wanted = [g for g in groups if any(self.is_wanted(self._row(start)) for start in g)]
+        starts = [(row, col) for group in wanted for row in group for col in self.plan.col_starts]
+        last_rows = {group[-1]: group for group in wanted}
+        batch: list[Tile] = []
+        with closing(self._read_ahead(starts)) as tiles:
+            for (row, col), tile in zip(starts, tiles, strict=True):
+                if tile.valid.any():
+                    batch.append(tile)
+                group_ends = row in last_rows and col == self.plan.col_starts[-1]
+                if len(batch) == self.batch_size or (group_ends and batch):
+                    if any(self.is_wanted(t.row) for t in batch):
+                        yield batch
+                    batch = []
+
+    def _row(self, start: int) -> int:
+        return math.ceil(start / self.stride)
+
+    def _read_ahead(self, starts: Iterable[tuple[int, int]]) -> Generator[Tile]:
+        """Tiles in order, read by as many threads as there are readers."""
+        free: SimpleQueue[WindowSource] = SimpleQueue()
+        for reader in self.readers:
+            free.put(reader)
+
+        def read(start: tuple[int, int]) -> Tile:
+            reader = free.get()
+            try:
+                return read_tile(reader, self.plan, start, stride=self.stride)
+            finally:
+                free.put(reader)
+
+        depth = BATCHES_AHEAD * self.batch_size + len(self.readers) - 1
+        ahead: deque[Future[Tile]] = deque()
+        with ThreadPoolExecutor(max_workers=len(self.readers), thread_name_prefix="read-tiles") as pool:
+            try:
+                for start in starts:
+                    ahead.append(pool.submit(read, start))
+                    if len(ahead) > depth:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
 
 def read_tile(
@@ -209,17 +315,19 @@ def output_shape(plan: TilePlan, stride: int) -> tuple[int, int]:
     return math.ceil(scene_h / stride), math.ceil(scene_w / stride)
 
 
-def prefetched[T](items: Iterator[T], *, depth: int) -> Iterator[T]:
+def prefetched[T](items: Iterator[T], *, depth: int, name: str = "prefetch") -> Generator[T]:
     """Yields the items of an iterator that is advanced in a thread, up to `depth` items ahead.
 
-    An exception of the iterator is raised here in its turn. The thread ends with this iterator.
+    An exception of the iterator is raised here in its turn. The thread ends with this iterator, and a
+    generator is closed then.
 
     Args:
         items: advanced in the thread only.
         depth: items in the making or waiting, at least 1.
+        name: of the thread.
     """
     end = object()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-tiles") as pool:
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix=name) as pool:
         ahead: deque[Future[T | object]] = deque(pool.submit(next, items, end) for _ in range(depth))
         try:
             while (item := ahead.popleft().result()) is not end:
@@ -227,6 +335,8 @@ def prefetched[T](items: Iterator[T], *, depth: int) -> Iterator[T]:
                 yield item  # type: ignore[misc]
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(items, Generator):
+                items.close()
 
 
 def _scene_shape(plan: TilePlan) -> tuple[int, int]:
@@ -241,15 +351,6 @@ def _check_plan(plan: TilePlan, stride: int) -> None:
     for starts, size in zip((plan.row_starts, plan.col_starts), plan.size_hw, strict=True):
         if len(starts) > 1 and (size % stride or any(start % stride for start in starts[:-1])):
             raise ValueError(f"tile size {size} and tile starts must be multiples of the stride {stride}")
-
-
-def _read_tiles(reader: WindowSource, plan: TilePlan, stride: int) -> Iterator[Tile]:
-    """The tiles that hold any data, row by row."""
-    for row_start in plan.row_starts:
-        for col_start in plan.col_starts:
-            tile = read_tile(reader, plan, (row_start, col_start), stride=stride)
-            if tile.valid.any():
-                yield tile
 
 
 def _make_tile(row: int, col: int, image: Array, valid: Mask, size_hw: tuple[int, int], stride: int) -> Tile:
@@ -270,15 +371,3 @@ def _any_in_cell(valid: Mask, stride: int) -> Mask:
     padding = (height * stride - valid.shape[0], width * stride - valid.shape[1])
     padded = np.pad(valid, ((0, padding[0]), (0, padding[1])))
     return np.asarray(padded.reshape(height, stride, width, stride).any(axis=(1, 3)))
-
-
-def _batched(tiles: Iterator[Tile], size: int) -> Iterator[list[Tile]]:
-    """Lists of up to `size` tiles."""
-    batch: list[Tile] = []
-    for tile in tiles:
-        batch.append(tile)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -416,3 +416,118 @@ def test_a_tile_of_a_large_scene_equals_a_scene_of_that_tile(
     with rasterio.open(tmp_path / "large_out.tif") as dataset:
         part = dataset.read(window=Window(64, 64, 64, 64))
     np.testing.assert_allclose(part, read(tmp_path / "cut_out.tif")[0], atol=1e-5)
+
+
+class Interrupted(BaseException):
+    """Ends a run as a signal does."""
+
+
+def test_a_run_that_is_cut_off_again_and_again_ends_in_the_same_bytes(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    array = np.random.default_rng(0).integers(1, 255, (3, 2300, 80), dtype=np.uint8)
+    array[:, 900:1400] = 0
+    scene = write_raster(array=array, nodata=0)
+    arguments = {"model": model, "tile": 80, "overlap": 16, "batch_size": 3, "command": "c"}
+    whole = predict_canopy(scene, tmp_path / "whole.tif", **arguments)
+    limits = iter([5, 9, 4, 12, 11, 10**9])
+    cuts, starts = 0, []
+
+    while not (tmp_path / "out.tif").exists():
+        limit, first = next(limits), None
+
+        def tell(done: int, total: int, limit: int = limit) -> None:
+            nonlocal first
+            first = done if first is None else first
+            if done >= first + limit:
+                raise Interrupted
+
+        try:
+            report = predict_canopy(scene, tmp_path / "out.tif", progress=tell, **arguments)
+        except Interrupted:
+            cuts += 1
+            assert not (tmp_path / "out.tif").exists()
+        starts.append(first)
+    assert cuts == 5 and starts == sorted(starts) and starts[-1] > starts[0]
+    assert (tmp_path / "out.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
+    assert report.mean_m == whole.mean_m and report.valid_share == whole.valid_share
+    assert report.tiles < whole.tiles
+    assert snapshot(tmp_path) == {"scene.tif", "whole.tif", "out.tif"}
+
+
+def test_other_settings_do_not_go_on_with_unfinished_work(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    scene = write_raster(shape=(3, 1100, 64))
+
+    def cut(done: int, total: int) -> None:
+        if done >= 15:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        predict_canopy(
+            scene, tmp_path / "out.tif", model=model, tile=64, overlap=0, batch_size=1, progress=cut
+        )
+    assert ".out.tif.unfinished" in os.listdir(tmp_path)
+    with pytest.raises(RasterError, match="unfinished work of another command.*--overwrite"):
+        predict_canopy(scene, tmp_path / "out.tif", model=model, tile=64, overlap=16)
+    predict_canopy(scene, tmp_path / "out.tif", model=model, tile=64, overlap=16, overwrite=True)
+    assert snapshot(tmp_path) == {"scene.tif", "out.tif"}
+
+
+@pytest.mark.parametrize(
+    ("integer", "dtype", "nodata", "step"), [("dm", "uint16", 65535, 0.1), ("m", "uint8", 255, 1.0)]
+)
+def test_whole_numbers(
+    osbs_scene: Path, model: CanopyModel, tmp_path: Path, integer: str, dtype: str, nodata: int, step: float
+) -> None:
+    predict_canopy(osbs_scene, tmp_path / "metres.tif", model=model)
+    report = predict_canopy(osbs_scene, tmp_path / "out.tif", model=model, integer=integer)
+    metres = read(tmp_path / "metres.tif")[0][0]
+    with rasterio.open(tmp_path / "out.tif") as dataset:
+        stored = dataset.read(1)
+        assert (dataset.dtypes, dataset.nodata, dataset.scales) == ((dtype,), nodata, (step,))
+    np.testing.assert_array_equal(stored == nodata, metres == -9999)
+    known = stored != nodata
+    np.testing.assert_allclose(stored[known] * step, metres[known], atol=step / 2 + 1e-5)
+    assert report.mean_m == pytest.approx(stored[known].mean() * step)
+    with pytest.raises(ConfigError, match="valid names: dm, m"):
+        predict_canopy(osbs_scene, tmp_path / "no.tif", model=model, integer="km")
+
+
+def test_the_uncertainty_is_the_spread_over_flips_and_turns(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    scene = write_raster(shape=(3, 64, 64))
+    predict_canopy(scene, tmp_path / "out.tif", model=model, uncertainty=True)
+    bands, profile = read(tmp_path / "out.tif")
+    numbers = read(scene)[0]
+    flips = [(), (2,), (1,), (1, 2)]
+    views = []
+    for axes in flips:
+        turned = (
+            torch.from_numpy(np.flip(numbers, axes).copy())[None] if axes else torch.from_numpy(numbers)[None]
+        )
+        with torch.no_grad():
+            heights = model.predict(turned)[0].numpy()
+        views.append(np.flip(heights, axes)[0] if axes else heights[0])
+    np.testing.assert_allclose(bands[0], np.mean(views, axis=0), atol=1e-4)
+    np.testing.assert_allclose(bands[1], np.std(views, axis=0, ddof=1), atol=1e-4)
+    assert profile["count"] == 2 and bands[1].max() > 0
+
+
+def test_bfloat16_is_close_and_unknown_precisions_are_refused(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    scene = write_raster(shape=(3, 64, 64))
+    predict_canopy(scene, tmp_path / "a.tif", model=model)
+    predict_canopy(scene, tmp_path / "b.tif", model=model, precision="bfloat16")
+    a, b = read(tmp_path / "a.tif")[0], read(tmp_path / "b.tif")[0]
+    assert 0 < np.abs(a - b).max() < 0.5
+    with pytest.raises(ConfigError, match="auto, float32, bfloat16"):
+        predict_canopy(scene, tmp_path / "c.tif", model=model, precision="half")
+
+
+def test_unknown_engines_are_refused(write_raster: WriteRaster, model: CanopyModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown engine 'dask'; valid names: local, ray"):
+        predict_canopy(write_raster(), tmp_path / "out.tif", model=model, engine="dask")

@@ -14,7 +14,7 @@ from rasterio.crs import CRS
 from rasterio.windows import Window
 
 from dinov3geo.errors import RasterError
-from dinov3geo.predict.stream import RowRing, output_shape, prefetched, stream_rows
+from dinov3geo.predict.stream import OUTPUTS_AHEAD, RowRing, output_shape, prefetched, stream_rows
 from dinov3geo.rasters.grid import PixelGrid, TilePlan, blend_weights
 
 
@@ -203,8 +203,8 @@ def test_the_ring_is_one_tile_high_whatever_the_scene(monkeypatch: pytest.Monkey
     shapes: list[tuple[int, ...]] = []
 
     class SpiedRing(RowRing):
-        def __init__(self, num_outputs: int, height: int, width: int) -> None:
-            super().__init__(num_outputs, height, width)
+        def __init__(self, num_outputs: int, height: int, width: int, first_row: int) -> None:
+            super().__init__(num_outputs, height, width, first_row)
             shapes.append((self.means.shape, self.weights.shape, self.valid.shape))
 
     monkeypatch.setattr("dinov3geo.predict.stream.RowRing", SpiedRing)
@@ -235,20 +235,97 @@ def test_rows_come_as_soon_as_they_are_finished() -> None:
     strips = stream_rows(scene, make_plan(64, 8, 8, 4), run, batch_size=1, num_outputs=1)
     window, _, _ = next(strips)
     assert (window.row_off, window.height) == (0, 4)
-    assert len(rows_read) == 2
+    assert 2 <= len(rows_read) <= 2 + OUTPUTS_AHEAD + 1
     strips.close()
 
 
-def test_reading_runs_in_one_other_thread_that_ends_with_the_iterator() -> None:
-    scene = random_scene(64, 64)
+def test_readers_and_model_run_in_threads_of_their_own_that_end_with_the_iterator() -> None:
+    scenes = [random_scene(64, 64) for _ in range(3)]
+    models: set[str] = set()
+
+    def run(images: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        models.add(threading.current_thread().name)
+        return per_pixel(images, valid)
+
     before = threading.active_count()
-    strips = stream_rows(scene, make_plan(64, 64, 8, 4), per_pixel, batch_size=2, num_outputs=2)
+    strips = stream_rows(scenes, make_plan(64, 64, 8, 4), run, batch_size=2, num_outputs=2)
     next(strips)
-    assert threading.active_count() == before + 1
+    assert threading.active_count() <= before + 4
+    list(strips)
+    assert threading.active_count() == before
+    readers = set().union(*(scene.threads for scene in scenes))
+    assert 1 <= len(readers) <= 3 and len(models) == 1
+    assert len({threading.current_thread().name} | readers | models) == len(readers) + 2
+
+
+def test_closing_early_ends_all_threads() -> None:
+    before = threading.active_count()
+    strips = stream_rows(
+        random_scene(64, 64), make_plan(64, 64, 8, 4), per_pixel, batch_size=2, num_outputs=2
+    )
+    next(strips)
     strips.close()
     assert threading.active_count() == before
-    assert len(scene.threads) == 1
-    assert threading.current_thread().name not in scene.threads
+
+
+def test_reading_computing_and_writing_overlap() -> None:
+    """Each step takes 10 ms for a batch of two tiles; one after another they take three times as long."""
+
+    class SlowScene(ArrayScene):
+        def read(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+            time.sleep(0.005)
+            return super().read(window)
+
+    def run(images: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        time.sleep(0.01)
+        return images[:, :1]
+
+    scene = SlowScene(random_scene(320, 16).image)
+    began = time.perf_counter()
+    for _ in stream_rows(scene, make_plan(320, 16, 8, 0), run, batch_size=2, num_outputs=1):
+        time.sleep(0.01)
+    assert time.perf_counter() - began < 0.8 * 3 * 0.01 * 40
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    plan=plans(), batch=st.integers(1, 5), cut=st.floats(0, 1), end=st.floats(0, 1), seed=st.integers(0, 99)
+)
+def test_any_range_of_rows_is_computed_from_the_same_batches(
+    plan: TilePlan, batch: int, cut: float, end: float, seed: int
+) -> None:
+    """The outputs here depend on all tiles of the batch, so they betray any other composition."""
+    height, width = output_shape(plan, 1)
+    scene = random_scene(height, width, seed=seed, holes=0.97)
+
+    def run(images: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        return images[:, :1] + np.float32(images.mean()) * len(images)
+
+    first, stop = sorted((round(cut * height), round(end * height)))
+    whole, whole_valid = collect(scene, plan, run, outputs=1, batch=batch)
+    row = first
+    for window, values, valid in stream_rows(
+        scene, plan, run, batch_size=batch, num_outputs=1, rows=(first, stop)
+    ):
+        assert window.row_off == row
+        row += window.height
+        np.testing.assert_array_equal(values, whole[:, window.row_off : row])
+        np.testing.assert_array_equal(valid, whole_valid[window.row_off : row])
+    assert row == stop
+
+
+def test_a_range_of_rows_runs_only_the_tiles_that_it_needs() -> None:
+    scene = random_scene(800, 16)
+    ran: list[int] = []
+
+    def run(images: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        ran.append(len(images))
+        return images[:, :1]
+
+    plan = make_plan(800, 16, 16, 4)
+    rows = (600, 640)
+    list(stream_rows(scene, plan, run, batch_size=1, num_outputs=1, rows=rows))
+    assert sum(ran) == sum(start < 640 and start + 16 > 600 for start in plan.row_starts)
 
 
 def test_an_error_of_the_reader_arrives_at_the_caller_after_the_rows_before_it() -> None:

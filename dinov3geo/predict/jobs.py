@@ -1,0 +1,126 @@
+"""A scene that suits a model, cut into tiles: what every product starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from dinov3geo import __version__
+from dinov3geo.errors import ConfigError
+from dinov3geo.features.extract import weights_digest
+from dinov3geo.features.visualize import PcaBasis, fit_pca
+from dinov3geo.heads.base import HeightModel
+from dinov3geo.predict.checks import ModelInput, check_numbers, gsd_warnings
+from dinov3geo.predict.engines import CACHE_BYTES, TileTask
+from dinov3geo.predict.runners import sample_features
+from dinov3geo.predict.stream import RunTiles
+from dinov3geo.rasters.bands import choose_bands
+from dinov3geo.rasters.geotiff import block_cache
+from dinov3geo.rasters.grid import PixelGrid, TilePlan
+from dinov3geo.rasters.reader import SceneReader
+
+
+@dataclass(frozen=True, slots=True)
+class SceneJob:
+    """A scene that suits the model, and its tiles.
+
+    Attributes:
+        scene: raster file.
+        bands: 1-based indexes in the model's order.
+        grid: of the scene.
+        plan: tiles.
+        stride: scene pixels per output cell.
+        batch_size: tiles per call of the model.
+        warnings: what the user should know, one line each.
+    """
+
+    scene: Path
+    bands: tuple[int, ...]
+    grid: PixelGrid
+    plan: TilePlan
+    stride: int
+    batch_size: int
+    warnings: tuple[str, ...]
+
+    @property
+    def cells(self) -> PixelGrid:
+        """Grid of the output."""
+        return self.grid.coarsen(self.stride)
+
+    def task(self, make_runner: Callable[[], RunTiles], outputs: int) -> TileTask:
+        """What to compute with a model that gives so many values per cell."""
+        return TileTask(self.scene, self.bands, self.plan, self.stride, self.batch_size, outputs, make_runner)
+
+    def fit_pca(self, features: RunTiles, components: int) -> PcaBasis:
+        """Principal components of features from all over the scene.
+
+        Raises:
+            DataError: no valid pixel, or more components than the features allow.
+        """
+        with block_cache(CACHE_BYTES), SceneReader(self.scene, bands=self.bands) as reader:
+            sample = sample_features(reader, self.plan, features, stride=self.stride)
+        return fit_pca(sample, components=components)
+
+
+def prepare(
+    scene: Path, wanted: ModelInput, tile: int, overlap: int, batch_size: int, *, stride: int = 1
+) -> SceneJob:
+    """Checks all that can be checked before any work.
+
+    Args:
+        scene: raster file.
+        wanted: what the model takes.
+        tile: side of a tile in pixels, rounded down to whole cells.
+        overlap: pixels that neighbouring tiles share, rounded down to whole cells.
+        batch_size: tiles per call of the model.
+        stride: scene pixels per output cell.
+
+    Raises:
+        ConfigError: tile or batch size make no sense.
+        DataError: too few bands, numbers of another scale, NaN, tiles that never advance.
+        RasterError, GeoreferenceError: the scene cannot be used.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch size must be at least 1, got {batch_size}")
+    if tile < stride:
+        raise ConfigError(f"tile must be at least one patch of {stride} pixels, got {tile}")
+    bands, warnings = choose_bands(scene, wanted.normalization.bands, model=wanted.name)
+    with block_cache(CACHE_BYTES), SceneReader(scene, bands=bands) as reader:
+        grid = reader.info.grid
+        check_numbers(reader, wanted)
+    warnings += gsd_warnings(scene, grid.gsd_m, wanted)
+    plan = grid.tiles(tile // stride * stride, overlap // stride * stride, stride)
+    return SceneJob(scene, bands, grid, plan, stride, batch_size, tuple(warnings))
+
+
+def canopy_input(model: HeightModel, name: str) -> ModelInput:
+    """Bands of the backbone, GSD of the heights' training where the card tells it."""
+    backbone = ModelInput.of_backbone(model.backbone)
+    gsd = model.card.get("gsd_m")
+    return ModelInput(
+        name=name or str(model.card.get("name", backbone.name)),
+        normalization=backbone.normalization,
+        gsd_m=backbone.gsd_m if gsd is None else (float(gsd[0]), float(gsd[1])),
+    )
+
+
+def model_facts(model: object) -> dict[str, object]:
+    """Everything in a model that its outputs depend on: digests of its modules, and its plain settings."""
+    if isinstance(model, nn.Module):
+        return {"weights": weights_digest(model)}
+    facts: dict[str, object] = {}
+    for name, value in vars(model).items():
+        if isinstance(value, nn.Module):
+            facts[name] = weights_digest(value)
+        elif name != "card":
+            facts[name] = repr(value)
+    return facts
+
+
+def file_tags(model: str, command: str) -> dict[str, str]:
+    """Tags of a file that a model made."""
+    tags = {"DINOV3GEO_MODEL": model, "DINOV3GEO_VERSION": __version__}
+    return {**tags, "DINOV3GEO_COMMAND": command} if command else tags
