@@ -15,6 +15,7 @@ from dinov3geo.commands.console import note
 from dinov3geo.commands.convert import convert
 from dinov3geo.commands.demo import demo
 from dinov3geo.commands.export import export
+from dinov3geo.commands.maps import polygons, zonal
 from dinov3geo.commands.models import models
 from dinov3geo.commands.pictures import features, show
 from dinov3geo.commands.pretrain import pretrain
@@ -37,6 +38,8 @@ app.command()(export)
 app.add_typer(canopy, name="canopy")
 app.command()(features)
 app.add_typer(show, name="show")
+app.command()(zonal)
+app.command()(polygons)
 
 
 def _print_version(wanted: bool) -> None:

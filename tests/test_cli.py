@@ -55,6 +55,8 @@ def test_verbs():
         "pretrain",
         "convert",
         "export",
+        "zonal",
+        "polygons",
         "canopy",
         "canopy fit",
         "canopy predict",
@@ -293,19 +295,28 @@ def test_predict_one_scene(capsys, tmp_path, write_raster, model_folder):
         assert heights.tags()["DINOV3GEO_COMMAND"] == " ".join(
             ["dinov3geo", *map(str, words), "--tile", "32", "--overlap", "8"]
         )
-    assert sorted(p.name for p in target.parent.iterdir()) == ["heights.png", "heights.tif"]
+    beside = ["heights.png", "heights.qml", "heights.stac.json", "heights.tif", "heights_legend.png"]
+    assert sorted(p.name for p in target.parent.iterdir()) == beside
     assert "exists" in error_of(capsys, *words)
     assert run(capsys, *words, "--overwrite", "--no-preview")[0] == 0
     target.unlink()
-    assert "heights.png: it exists" in error_of(capsys, *words)
+    assert "heights.stac.json: it exists" in error_of(capsys, *words)
+    assert "heights.png: it exists" in error_of(capsys, *words, "--no-sidecars")
     assert not target.exists()
+    options = ["--integer", "dm", "--uncertainty", "--no-sidecars", "--overwrite"]
+    assert run(capsys, *words, *options)[0] == 0
+    with rasterio.open(target) as heights:
+        assert (heights.count, heights.dtypes[0], heights.scales) == (2, "uint16", (0.1, 0.1))
+    assert "valid names: dm, m" in error_of(capsys, *words, "--overwrite", "--integer", "cm")
+    assert "unknown engine 'dask'" in error_of(capsys, *words, "--overwrite", "--engine", "dask")
 
 
 def test_predict_several_scenes(capsys, tmp_path, write_raster, model_folder):
     write_raster("in/a.tif")
     write_raster("in/b.tif", seed=1)
     out_folder = tmp_path / "out"
-    words = ["canopy", "predict", tmp_path / "in", "-o", out_folder, "--model", model_folder, "--no-preview"]
+    words = ["canopy", "predict", tmp_path / "in", "-o", out_folder, "--model", model_folder]
+    words += ["--no-sidecars", "--no-preview"]
     code, out, _ = run(capsys, *words)
     assert code == 0 and out.count("_canopy_height.tif") == 2
     assert sorted(p.name for p in out_folder.iterdir()) == ["a_canopy_height.tif", "b_canopy_height.tif"]

@@ -220,6 +220,9 @@ def predict(
         typer.Option(metavar="PNG", help="Picture of scene and heights.", show_default="beside the output"),
     ] = None,
     no_preview: Annotated[bool, typer.Option("--no-preview", help="Draw no picture.")] = False,
+    no_sidecars: Annotated[
+        bool, typer.Option("--no-sidecars", help="Write no STAC item, QGIS style and legend.")
+    ] = False,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -228,6 +231,7 @@ def predict(
     A run that was cut off goes on where it was when the same command is given again.
     """
     from dinov3geo.predict.products import predict_canopy
+    from dinov3geo.predict.sidecars import write_sidecars
     from dinov3geo.rasters.reader import find_rasters, inspect_scene
 
     if preview and no_preview:
@@ -239,7 +243,7 @@ def predict(
     # What is wrong with any scene or output is found before the first one is worked on.
     for scene, _ in jobs:
         inspect_scene(scene)
-    check_files(jobs, pictures, overwrite=overwrite)
+    check_files(jobs, pictures, overwrite=overwrite, sidecars=not no_sidecars)
     heights_model = load_model(model, device, backbone=backbone)
     reports = []
     for (scene, target), picture in zip(jobs, pictures, strict=True):
@@ -260,6 +264,8 @@ def predict(
                 progress=tell,
                 command=command_line(context),
             )
+        if not no_sidecars:
+            write_sidecars(target, scene=scene)
         warn(report.warnings)
         reports.append(report)
     print_reports(reports)
@@ -291,7 +297,11 @@ def plan_outputs(scenes: Sequence[Path], output: Path) -> list[tuple[Path, Path]
 
 
 def check_files(
-    jobs: Sequence[tuple[Path, Path]], pictures: Sequence[Path | None], *, overwrite: bool
+    jobs: Sequence[tuple[Path, Path]],
+    pictures: Sequence[Path | None],
+    *,
+    overwrite: bool,
+    sidecars: bool = False,
 ) -> None:
     """Makes sure that every output and picture can be written and that none takes the place of a scene.
 
@@ -299,6 +309,7 @@ def check_files(
         jobs: scenes with the files to write.
         pictures: of each job, or None.
         overwrite: whether existing files may be replaced.
+        sidecars: whether STAC item, style and legend are written beside each output.
 
     Raises:
         RasterError: one cannot be written.
@@ -306,6 +317,7 @@ def check_files(
     """
     from dinov3geo.paths import check_target
     from dinov3geo.predict.checks import check_picture
+    from dinov3geo.predict.sidecars import sidecar_paths
 
     scenes = {scene.resolve() for scene, _ in jobs}
     for (scene, target), picture in zip(jobs, pictures, strict=True):
@@ -313,6 +325,8 @@ def check_files(
             if file is not None and file.resolve() in scenes:
                 raise ConfigError(f"cannot write {file}: it is one of the scenes; choose another name")
         check_target(target, sources=(scene,), overwrite=overwrite)
+        for file in sidecar_paths(target) if sidecars else ():
+            check_target(file, sources=(scene,), overwrite=overwrite)
         if picture is not None:
             check_picture(picture, sources=(scene, target), overwrite=overwrite)
 

@@ -109,48 +109,83 @@ def write_map(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Computes a map and writes it; a run that was killed goes on where it was.
+    """Computes one map and writes it; see `write_maps`."""
+    return write_maps(
+        [(output, encoding)], task, grid, job=job, engine=engine, overwrite=overwrite, progress=progress
+    )
+
+
+def write_maps(
+    outputs: Sequence[tuple[Path, Encoding]],
+    task: TileTask,
+    grid: PixelGrid,
+    *,
+    job: Mapping[str, object],
+    engine: str = "local",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Computes a model's outputs once and writes maps of them; a run that was killed goes on where it was.
 
     Args:
-        output: GeoTIFF to write.
+        outputs: GeoTIFFs to write, with what each of them stores.
         task: what to compute.
-        grid: of the map.
-        encoding: how it is stored.
-        job: names the model and its settings; scene, tiles and encoding are added.
+        grid: of the maps.
+        job: names the model and its settings; scene, tiles and encodings are added.
         engine: a name in `ENGINES`.
-        overwrite: whether an existing output may be replaced.
+        overwrite: whether existing outputs may be replaced.
         progress: told about tiles done.
+
+    Returns:
+        Outcome of the first map.
 
     Raises:
         UnknownNameError: no such engine.
         DataError: no valid pixel at all, or a model that gives NaN.
-        RasterError: the scene cannot be read or the output not written.
+        RasterError: the scene cannot be read or an output not written.
     """
-    if engine not in ENGINES:
-        raise UnknownNameError("engine", engine, ENGINES)
-    name = job_name(task, encoding, job)
-    with GeoTiffWriter(output, grid, encoding.layer, job=name, overwrite=overwrite) as writer:
-        counter = _Counter(task, writer.next_row, progress)
-        if engine == "ray":
-            from dinov3geo.predict.ray_engine import ray_rows
-
-            strips = ray_rows(task, writer.next_row, grid.height, tell=counter.reached)
-        else:
-            strips = task.rows(writer.next_row, grid.height, counter.counting(task.make_runner()))
-        with closing(strips):
-            for _, values, valid in strips:
-                if not np.isfinite(values[:, valid]).all():
-                    raise DataError(
-                        f"the model gave NaN or infinity on scene {task.scene}; its weights may be damaged"
-                    )
-                writer.write(encoding.encode(values, valid))
-        writer.flush()
-        if not any(writer.statistics.count):
+    check_engine(engine)
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                GeoTiffWriter(
+                    path, grid, encoding.layer, job=job_name(task, encoding, job), overwrite=overwrite
+                )
+            )
+            for path, encoding in outputs
+        ]
+        first_row = min(writer.next_row for writer in writers)
+        counter = _Counter(task, first_row, progress)
+        with closing(_rows(engine, task, first_row, counter)) as strips:
+            for window, values, valid in strips:
+                _check_finite(values, valid, task.scene)
+                for writer, (_, encoding) in zip(writers, outputs, strict=True):
+                    # Encoding may write into its argument, and another writer may be further than this one.
+                    known = max(writer.next_row - int(window.row_off), 0)
+                    writer.write(encoding.encode(values[:, known:].copy(), valid[known:]))
+        for writer in writers:
+            writer.flush()
+        if not any(writers[0].statistics.count):
             raise DataError(
                 f"scene {task.scene} holds no valid pixel: all of it is nodata; nothing was written"
             )
     counter.finish()
-    return Outcome(writer.statistics, counter.done - counter.before)
+    return Outcome(writers[0].statistics, counter.done - counter.before)
+
+
+def _rows(engine: str, task: TileTask, first_row: int, counter: _Counter) -> Strips:
+    """Rows from one on, computed here or on a cluster."""
+    stop = task.shape_hw[0]
+    if engine == "ray":
+        from dinov3geo.predict.ray_engine import ray_rows
+
+        return ray_rows(task, first_row, stop, tell=counter.reached)
+    return task.rows(first_row, stop, counter.counting(task.make_runner()))
+
+
+def _check_finite(values: Floats, valid: Mask, scene: Path) -> None:
+    if not np.isfinite(values[:, valid]).all():
+        raise DataError(f"the model gave NaN or infinity on scene {scene}; its weights may be damaged")
 
 
 def job_name(task: TileTask, encoding: Encoding, job: Mapping[str, object]) -> str:

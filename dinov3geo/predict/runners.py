@@ -14,8 +14,7 @@ from dinov3geo.backbones.base import Backbone
 from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.features.extract import apply_view, extract_feature_maps, undo_view
 from dinov3geo.features.visualize import PcaBasis
-from dinov3geo.heads.base import OutputSpec
-from dinov3geo.heads.base import HeightModel
+from dinov3geo.heads.base import HeightModel, OutputSpec
 from dinov3geo.predict.stream import Array, Floats, Mask, RunTiles, WindowSource, read_tile
 from dinov3geo.rasters.grid import TilePlan
 
