@@ -53,7 +53,11 @@ class _Document:
 
 
 def load_model[Model: BaseModel](
-    model_type: type[Model], path: str | Path | None, overrides: Sequence[str] = ()
+    model_type: type[Model],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    values: Mapping[str, Any] | None = None,
 ) -> Model:
     """Reads and checks a configuration.
 
@@ -62,12 +66,15 @@ def load_model[Model: BaseModel](
         path: YAML file, or None for the defaults alone.
         overrides: `"a.b=value"` each, applied in order over the file. A value that begins with a
             bracket, brace or quote is read as YAML, anything else as one plain value.
+        values: that hold where neither file nor overrides say anything.
 
     Raises:
         ConfigError: the file cannot be read or parsed, or a value does not fit. The message is one line
             with file and line (or the override), the dotted key, what was expected and what arrived.
     """
-    document = _Document({}) if path is None else _read_document(Path(path), seen=())
+    document = _Document(dict(values or {}))
+    if path is not None:
+        document = document.overlaid_by(_read_document(Path(path), seen=()))
     for override in overrides:
         document = document.overlaid_by(_parse_override(override))
     try:

@@ -80,6 +80,22 @@ class CropBatch:
     patch_masks: Tensor
     patch_valid: Tensor
 
+    def of_images(self, images: slice) -> CropBatch:
+        """The crops of some of the B images."""
+        views, batch = self.global_crops.shape[:2]
+
+        def rows(tensor: Tensor) -> Tensor:
+            own: Tensor = tensor.unflatten(0, (views, batch))[:, images].flatten(0, 1)
+            return own
+
+        return CropBatch(
+            self.global_crops[:, images],
+            self.local_crops[:, images],
+            None if self.gram_crops is None else self.gram_crops[:, images],
+            rows(self.patch_masks),
+            rows(self.patch_valid),
+        )
+
 
 def draw_boxes(
     count: int, scale: tuple[float, float], aspect: tuple[float, float], *, generator: torch.Generator
@@ -113,7 +129,29 @@ def draw_symmetries(count: int, settings: CropSettings, *, nadir: bool, generato
     return matrix
 
 
-def cut(chips: Tensor, boxes: Tensor, symmetries: Tensor, size: int) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which images of a step this process holds: number `rank`, `rank + world_size`, ...
+
+    Everything random is drawn for all images of the step, so that an image gets the same crops and the same
+    mask however many processes share the work.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def of(self, drawn: Tensor, groups: int = 1) -> Tensor:
+        """Own part of numbers drawn for all images: [groups * images, ...] -> [groups * own, ...]."""
+        own: Tensor = drawn.unflatten(0, (groups, -1))[:, self.rank :: self.world_size].flatten(0, 1)
+        return own
+
+
+def density_of(boxes: Tensor, chip_size: int, size: int) -> int:
+    """How many times more densely than its pixels a crop must be sampled for the largest of its boxes."""
+    return max(1, math.ceil(float(boxes[:, 2:].max()) * chip_size / size - 0.25))
+
+
+def cut(chips: Tensor, boxes: Tensor, symmetries: Tensor, size: int, density: int | None = None) -> Tensor:
     """Resamples a box of each chip to a square.
 
     Bilinear; where a box is larger than the output it is sampled more densely and averaged, so that fine
@@ -124,11 +162,12 @@ def cut(chips: Tensor, boxes: Tensor, symmetries: Tensor, size: int) -> Tensor:
         boxes: [B, 4], see `draw_boxes`.
         symmetries: [B, 2, 2], see `draw_symmetries`.
         size: of the output in pixels.
+        density: see `density_of`; that of the given boxes if None.
 
     Returns:
         [B, C, size, size].
     """
-    density = max(1, math.ceil(float(boxes[:, 2:].max()) * chips.shape[-1] / size - 0.25))
+    density = density or density_of(boxes, chips.shape[-1], size)
     half = boxes[:, [3, 2]]  # half extent in grid_sample's (-1, 1) units equals the full extent in (0, 1)
     centre = boxes[:, [1, 0]] * 2 - 1
     theta = torch.cat([half[:, :, None] * symmetries, centre[:, :, None]], dim=2).to(chips)
@@ -137,7 +176,9 @@ def cut(chips: Tensor, boxes: Tensor, symmetries: Tensor, size: int) -> Tensor:
     return F.avg_pool2d(crops, density) if density > 1 else crops
 
 
-def _cut_with_data(layers: Tensor, boxes: Tensor, symmetries: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _cut_with_data(
+    layers: Tensor, boxes: Tensor, symmetries: Tensor, size: int, density: int
+) -> tuple[Tensor, Tensor]:
     """`cut`, but a crop without one valid pixel shows its whole chip instead.
 
     A blank crop would be a member of Sinkhorn-Knopp, DINO and KoLeo that says nothing of the ground.
@@ -147,11 +188,12 @@ def _cut_with_data(layers: Tensor, boxes: Tensor, symmetries: Tensor, size: int)
         boxes: [B, 4].
         symmetries: [B, 2, 2].
         size: of the output.
+        density: see `density_of`.
 
     Returns:
         Crops [B, C + 1, size, size] and the boxes used.
     """
-    crops = cut(layers, boxes, symmetries, size)
+    crops = cut(layers, boxes, symmetries, size, density)
     blank = crops[:, -1].amax((1, 2)) <= _VALID_SHARE
     if not bool(blank.any()):
         return crops, boxes
@@ -162,7 +204,14 @@ def _cut_with_data(layers: Tensor, boxes: Tensor, symmetries: Tensor, size: int)
 
 
 def distort(
-    images: Tensor, settings: PhotometrySettings, view: int, *, generator: torch.Generator, rgb: bool
+    images: Tensor,
+    settings: PhotometrySettings,
+    view: int,
+    *,
+    generator: torch.Generator,
+    rgb: bool,
+    share: Share | None = None,
+    groups: int = 1,
 ) -> Tensor:
     """Random colour distortions.
 
@@ -172,12 +221,20 @@ def distort(
         view: 0 first global, 1 second global, 2 local: chooses blur and solarize probabilities.
         generator: on the CPU, so that every device draws the same.
         rgb: the bands are red, green and blue in [0, 1], for which hue and solarize have a meaning.
+        share: the images are this part of those drawn for; all of them if None.
+        groups: crops per image, group-major.
 
     Returns:
         As images.
     """
-    batch, bands = images.shape[:2]
-    chance, *draws = torch.rand(5, batch, generator=generator)
+    share = share or Share()
+    bands = images.shape[1]
+
+    def drawn(rows: int) -> Tensor:
+        numbers = torch.rand(rows, len(images) * share.world_size, generator=generator)
+        return share.of(numbers.T, groups).T
+
+    chance, *draws = drawn(5)
     jitter = chance < settings.jitter_probability
     ranges = (settings.brightness, settings.contrast, settings.saturation)
     brightness, contrast, saturation = (
@@ -194,7 +251,7 @@ def distort(
     if rgb and settings.hue > 0 and bool(jitter.any()):
         shift = ((2 * draws[3] - 1) * settings.hue * 2 * math.pi)[jitter].to(images)
         images = _replace(images, jitter, kornia.enhance.adjust_hue(images[jitter].clamp(0, 1), shift))
-    chance_grey, chance_blur, chance_solarize, sigma = torch.rand(4, batch, generator=generator)
+    chance_grey, chance_blur, chance_solarize, sigma = drawn(4)
     chosen = chance_grey < settings.grayscale_probability
     if bands > 1 and bool(chosen.any()):
         images = _replace(images, chosen, _grey(images[chosen], rgb=rgb).expand(-1, bands, -1, -1))
@@ -258,33 +315,38 @@ class CropMaker:
         self.nadir = nadir
         self.rgb = normalization.bands == ("red", "green", "blue")
 
-    def __call__(self, numbers: Tensor, valid: Tensor, *, seed: int) -> CropBatch:
+    def __call__(self, numbers: Tensor, valid: Tensor, *, seed: int, share: Share | None = None) -> CropBatch:
         """Makes the crops of one batch.
 
         Args:
             numbers: [B, C, S, S] chips in the file's own dtype, on the device.
             valid: [B, S, S] bool; pixels without data reach the result only as 0.
             seed: of this batch.
+            share: the part of the step's chips that these are; all of them if None.
 
         Returns:
             Crops on the chips' device.
         """
+        share = share or Share()
         generator = torch.Generator().manual_seed(seed)
         chips = self._physical(numbers, valid)
         layers = torch.cat([chips, valid[:, None].to(chips)], dim=1)
         views, valids, gram = [], [], []
         for view in range(2):
-            boxes, symmetries = self._geometry(len(chips), self.settings.global_scale, generator)
-            cropped, boxes = _cut_with_data(layers, boxes, symmetries, self.settings.global_size)
-            views.append(self._finish(cropped, view, generator))
+            size = self.settings.global_size
+            drawn = self._geometry(len(chips) * share.world_size, self.settings.global_scale, generator)
+            boxes, symmetries = (share.of(tensor) for tensor in drawn)
+            density = density_of(drawn[0], layers.shape[-1], size)
+            cropped, boxes = _cut_with_data(layers, boxes, symmetries, size, density)
+            views.append(self._finish(cropped, view, generator, share))
             valids.append(cropped[:, -1] > _VALID_SHARE)
             if self.settings.gram_size is not None:
-                size = self.settings.gram_size
-                gram.append(self._gram(layers, boxes, symmetries, size, view, generator))
-        patch_valid, patch_masks = self._patches(torch.cat(valids), seed)
+                density = density_of(drawn[0], layers.shape[-1], self.settings.gram_size)
+                gram.append(self._gram(layers, boxes, symmetries, density, view, generator, share))
+        patch_valid, patch_masks = self._patches(torch.cat(valids), seed, share)
         return CropBatch(
             global_crops=torch.stack(views),
-            local_crops=self._locals(layers, generator),
+            local_crops=self._locals(layers, generator, share),
             gram_crops=torch.stack(gram) if gram else None,
             patch_masks=patch_masks,
             patch_valid=patch_valid,
@@ -313,8 +375,18 @@ class CropMaker:
         )
         return torch.where(valid_share[:, None] > _VALID_SHARE, (images - mean) / std, 0.0)
 
-    def _finish(self, layers: Tensor, view: int, generator: torch.Generator) -> Tensor:
-        images = distort(layers[:, :-1], self.settings.photometry, view, generator=generator, rgb=self.rgb)
+    def _finish(
+        self, layers: Tensor, view: int, generator: torch.Generator, share: Share, groups: int = 1
+    ) -> Tensor:
+        images = distort(
+            layers[:, :-1],
+            self.settings.photometry,
+            view,
+            generator=generator,
+            rgb=self.rgb,
+            share=share,
+            groups=groups,
+        )
         return self._normalize(images, layers[:, -1])
 
     def _gram(
@@ -322,30 +394,44 @@ class CropMaker:
         layers: Tensor,
         boxes: Tensor,
         symmetries: Tensor,
-        size: int,
+        density: int,
         view: int,
         generator: torch.Generator,
+        share: Share,
     ) -> Tensor:
-        cropped = cut(layers, boxes, symmetries, size)
+        assert self.settings.gram_size is not None
+        cropped = cut(layers, boxes, symmetries, self.settings.gram_size, density)
         if self.settings.gram_distortions:
-            return self._finish(cropped, view, generator)
+            return self._finish(cropped, view, generator, share)
         return self._normalize(cropped[:, :-1], cropped[:, -1])
 
-    def _locals(self, layers: Tensor, generator: torch.Generator) -> Tensor:
+    def _locals(self, layers: Tensor, generator: torch.Generator, share: Share) -> Tensor:
         count, size = self.settings.local_count, self.settings.local_size
         if count == 0:
             return layers.new_zeros(0, len(layers), layers.shape[1] - 1, size, size)
-        boxes, symmetries = self._geometry(count * len(layers), self.settings.local_scale, generator)
+        everyone = count * len(layers) * share.world_size
+        boxes, symmetries = self._geometry(everyone, self.settings.local_scale, generator)
         crops = [
-            _cut_with_data(layers, box, symmetry, size)[0]
+            _cut_with_data(
+                layers, share.of(box), share.of(symmetry), size, density_of(box, layers.shape[-1], size)
+            )[0]
             for box, symmetry in zip(boxes.chunk(count), symmetries.chunk(count), strict=True)
         ]
-        finished: Tensor = self._finish(torch.cat(crops), 2, generator).unflatten(0, (count, len(layers)))
-        return finished
+        finished = self._finish(torch.cat(crops), 2, generator, share, groups=count)
+        grouped: Tensor = finished.unflatten(0, (count, len(layers)))
+        return grouped
 
-    def _patches(self, valid: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def _patches(self, valid: Tensor, seed: int, share: Share) -> tuple[Tensor, Tensor]:
         side = self.settings.global_size // self.patch_size
-        share = F.avg_pool2d(valid[:, None].float(), self.patch_size)
-        patch_valid = (share > 1 - 1e-6).flatten(1)  # [V * B, N]
-        masks = batch_masks(patch_valid.cpu().numpy(), (side, side), self.masks, seed=seed)
+        covered = F.avg_pool2d(valid[:, None].float(), self.patch_size)
+        patch_valid = (covered > 1 - 1e-6).flatten(1)  # [V * B, N]
+        everyone = torch.arange(len(valid) * share.world_size)
+        masks = batch_masks(
+            patch_valid.cpu().numpy(),
+            (side, side),
+            self.masks,
+            seed=seed,
+            images=share.of(everyone, groups=2).tolist(),
+            num_images=len(everyone),
+        )
         return patch_valid, torch.from_numpy(masks).to(valid.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,28 +86,39 @@ def _place_block(mask: NDArray[np.bool_], missing: int, largest: float, rng: np.
 
 
 def batch_masks(
-    patch_valid: NDArray[np.bool_], grid_hw: tuple[int, int], settings: MaskSettings, *, seed: int
+    patch_valid: NDArray[np.bool_],
+    grid_hw: tuple[int, int],
+    settings: MaskSettings,
+    *,
+    seed: int,
+    images: Sequence[int] | None = None,
+    num_images: int | None = None,
 ) -> NDArray[np.bool_]:
-    """Masks for a batch of global crops; patches without data are never masked.
+    """Masks for global crops; patches without data are never masked.
 
-    A masked patch is a target, and a patch that holds no data has nothing to predict.
+    A masked patch is a target, and a patch that holds no data has nothing to predict. Every image draws from
+    a stream of its own, so that a process can make the masks of its images alone.
 
     Args:
-        patch_valid: [V * B, N], patches whose every pixel holds data.
+        patch_valid: [n, N], patches whose every pixel holds data.
         grid_hw: rows and columns, N = h * w.
         settings: shares.
         seed: of this batch.
+        images: which of the batch's V * B global crops these are; all if None.
+        num_images: V * B over all processes; n if None.
 
     Returns:
-        [V * B, N] bool.
+        [n, N] bool.
     """
-    rng = np.random.default_rng(seed)
-    num_images, num_patches = patch_valid.shape
-    counts = masked_counts(num_images, num_patches, settings)
-    rng.shuffle(counts)
+    numbers = range(len(patch_valid)) if images is None else images
+    num_patches = patch_valid.shape[1]
+    counts = masked_counts(len(numbers) if num_images is None else num_images, num_patches, settings)
+    np.random.default_rng(seed).shuffle(counts)
     masks = np.zeros_like(patch_valid)
-    for mask, valid, count in zip(masks, patch_valid, counts, strict=True):
-        if count:
-            block = block_mask(grid_hw, count, largest_block=settings.ratio[1] * num_patches, rng=rng)
+    for mask, valid, number in zip(masks, patch_valid, numbers, strict=True):
+        if counts[number]:
+            rng = np.random.default_rng([seed, number])
+            largest = settings.ratio[1] * num_patches
+            block = block_mask(grid_hw, counts[number], largest_block=largest, rng=rng)
             mask[:] = block.reshape(-1) & valid
     return masks

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import shapely
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -211,6 +213,68 @@ def chip_loader(
     Raises:
         DataError: while iterating, a file that cannot be used.
     """
+    sampler = _mixed_sampler(
+        datasets, settings, batch_size, seed=seed, start=start, rank=rank, world_size=world_size
+    )
+    loader: DataLoader[Any] = DataLoader(
+        MixedChips(datasets, min_valid_share=settings.min_valid_share),
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=settings.workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=settings.workers > 0,
+        worker_init_fn=_leave_signals_to_the_trainer,
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def locate_chips(
+    datasets: Sequence[SceneDataset | ImageFolder],
+    settings: DataSettings,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[str]:
+    """Where the chips of the next batch of `chip_loader` come from; arguments as there.
+
+    Returns:
+        For each chip its file, or the files and the corner coordinates that were asked for. Of a scene chip
+        that was drawn again for its lack of data, all places are named.
+    """
+    sampler = _mixed_sampler(
+        datasets, settings, batch_size, seed=seed, start=start, rank=rank, world_size=world_size
+    )
+    addresses = itertools.islice(sampler, batch_size)
+    return ["; ".join(_place(datasets[source], key) for key in keys) for source, keys in addresses]
+
+
+def _place(dataset: SceneDataset | ImageFolder, key: Any) -> str:  # noqa: ANN401 (an index or a query)
+    if isinstance(dataset, ImageFolder):
+        return str(dataset.files[key])
+    x, y = key[:2]
+    index = dataset.index
+    touched = index[index.geometry.intersects(shapely.box(x.start, y.start, x.stop, y.stop))]
+    corners = f"x {x.start:.9g} to {x.stop:.9g}, y {y.start:.9g} to {y.stop:.9g}"
+    return f"{', '.join(sorted(touched['filepath']))} at {corners}"
+
+
+def _mixed_sampler(
+    datasets: Sequence[SceneDataset | ImageFolder],
+    settings: DataSettings,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int,
+    rank: int,
+    world_size: int,
+) -> MixedSampler:
     samplers: list[_Stream] = []
     for number, dataset in enumerate(datasets):
         own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
@@ -223,20 +287,7 @@ def chip_loader(
             )
     weights = [source.weight for source in settings.sources]
     keys = [1 if isinstance(dataset, ImageFolder) else _KEYS_PER_SCENE_CHIP for dataset in datasets]
-    loader: DataLoader[Any] = DataLoader(
-        MixedChips(datasets, min_valid_share=settings.min_valid_share),
-        batch_size=batch_size,
-        sampler=MixedSampler(samplers, weights, keys_per_chip=keys, seed=seed, rank=rank, start=start),
-        num_workers=settings.workers,
-        collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=settings.workers > 0,
-        worker_init_fn=_leave_signals_to_the_trainer,
-    )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    return MixedSampler(samplers, weights, keys_per_chip=keys, seed=seed, rank=rank, start=start)
 
 
 def _collate(samples: list[dict[str, Tensor] | UserError]) -> dict[str, Tensor] | UserError:

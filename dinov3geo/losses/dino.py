@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from dinov3geo.losses.cross_entropy import soft_cross_entropy
 
 
 def dino_loss(
@@ -38,13 +39,23 @@ def dino_loss(
         raise ValueError(
             f"student {list(student_logits.shape)} and teacher {list(teacher_probs.shape)} differ"
         )
-    num_pairs = num_student * num_teacher - (min(num_student, num_teacher) if ignore_diagonal else 0)
+    shared = min(num_student, num_teacher) if ignore_diagonal else 0
+    num_pairs = num_student * num_teacher - shared
     if num_pairs == 0:
         raise ValueError("no pair of different crops: give at least two global crops")
-    log_probs = F.log_softmax(student_logits.float() / student_temperature, dim=-1)
-    # Summing over crops first turns S * T products over K into one.
-    total = (log_probs.sum(0) * teacher_probs.sum(0)).sum()
-    if ignore_diagonal:
-        shared = min(num_student, num_teacher)
-        total = total - (log_probs[:shared] * teacher_probs[:shared]).sum()
-    return -total / (num_pairs * batch)
+    weights = teacher_probs.new_full((batch,), 1 / (num_pairs * batch))
+    # Summing over the teacher's crops first turns S * T products over K into S.
+    everyone = teacher_probs.sum(0)  # [B, K]
+    total = student_logits.new_zeros((), dtype=weights.dtype)
+    if shared < num_student:
+        total = soft_cross_entropy(
+            student_logits[shared:], everyone, weights, temperature=student_temperature
+        )
+    if shared:
+        # Crop s meets the teacher's crops but its own.
+        others = (everyone - teacher_probs[:shared]).flatten(0, 1)  # [s * B, K]
+        own = student_logits[:shared].flatten(0, 1)[None]
+        total = total + soft_cross_entropy(
+            own, others, weights.repeat(shared), temperature=student_temperature
+        )
+    return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch import distributed as dist
 
 
 def gram_loss(
@@ -13,6 +14,7 @@ def gram_loss(
     *,
     per_image: bool = True,
     valid: Tensor | None = None,
+    num_pairs: Tensor | None = None,
 ) -> Tensor:
     """Mean squared difference between the patch-similarity matrices of student and gram teacher.
 
@@ -21,6 +23,9 @@ def gram_loss(
         anchor_patches: [B, N, D'], same grid, no gradient.
         per_image: similarities within each image; otherwise among all patches of the batch.
         valid: [B, N] bool; similarities with patches that hold no data are left out.
+        num_pairs: what the sum over valid pairs is divided by; their own number if None. Where a step's
+            images are spread over parts and processes, the mean number of a part makes the mean of the parts'
+            values the value over all images.
 
     Returns:
         Scalar float32.
@@ -49,7 +54,8 @@ def gram_loss(
         if valid is None:
             return difference.square().mean()
         pairs = (valid[:, :, None] & valid[:, None, :]).to(difference.dtype)
-        return (difference.square() * pairs).sum() / pairs.sum().clamp_min(1)
+        count = pairs.sum() if num_pairs is None else num_pairs
+        return (difference.square() * pairs).sum() / count.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def resize_features(patches: Tensor, grid_hw: tuple[int, int], target_hw: tuple[int, int]) -> Tensor:
@@ -70,3 +76,20 @@ def resize_features(patches: Tensor, grid_hw: tuple[int, int], target_hw: tuple[
     images = patches.transpose(1, 2).unflatten(2, grid_hw)
     resized = F.interpolate(images.float(), target_hw, mode="bicubic", align_corners=False, antialias=False)
     return resized.flatten(2).transpose(1, 2)
+
+
+def count_pairs(valid: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Pairs of valid patches within images: the mean over the processes of their sum over images.
+
+    Args:
+        valid: [B, N] bool.
+        group: the processes; None for this one alone.
+
+    Returns:
+        Scalar float32.
+    """
+    count = valid.sum(1).float().square().sum()
+    if group is not None:
+        dist.all_reduce(count, group=group)
+        count = count / dist.get_world_size(group)
+    return count

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from dinov3geo.losses.cross_entropy import soft_cross_entropy
 
 
 def ibot_loss(
@@ -32,9 +33,9 @@ def ibot_loss(
 
     Source: Zhou et al. 2022 (iBOT), equation 2; averaging as in DINOv2 and DINOv3.
     """
-    log_probs = F.log_softmax(student_logits.float() / student_temperature, dim=-1)
-    per_patch = -(teacher_probs * log_probs).sum(-1)  # [M]
-    return (per_patch * weights).sum() / num_images
+    return soft_cross_entropy(
+        student_logits[None], teacher_probs, weights / num_images, temperature=student_temperature
+    )
 
 
 def mask_weights(patch_masks: Tensor) -> Tensor:

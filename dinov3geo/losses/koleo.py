@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.nn import functional as dist_functional
 
 
 def koleo_loss(vectors: Tensor, *, group: dist.ProcessGroup | None = None, eps: float = 1e-8) -> Tensor:
@@ -29,7 +30,7 @@ def koleo_loss(vectors: Tensor, *, group: dist.ProcessGroup | None = None, eps: 
         own = F.normalize(vectors.float(), dim=-1, eps=eps)
         pool, offset = own, 0
         if group is not None:
-            pool = torch.cat(list(dist_functional.all_gather(own, group=group)))
+            pool = _Gather.apply(own, group)
             offset = dist.get_rank(group) * len(own)
         if len(pool) < 2:
             raise ValueError(
@@ -43,3 +44,21 @@ def koleo_loss(vectors: Tensor, *, group: dist.ProcessGroup | None = None, eps: 
             nearest = similarity.argmax(1)
         distances = F.pairwise_distance(own, pool[nearest], eps=eps)
         return -torch.log(distances + eps).mean()
+
+
+class _Gather(torch.autograd.Function):
+    """The vectors of all processes, [B, D] each -> [W * B, D]; gradients find their way back."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ANN401
+        ctx.group, ctx.count = group, len(own)
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, own.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        summed = outer.contiguous().clone()
+        dist.all_reduce(summed, group=ctx.group)
+        start = dist.get_rank(ctx.group) * ctx.count
+        return summed[start : start + ctx.count], None

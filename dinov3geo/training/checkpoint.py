@@ -1,9 +1,12 @@
-"""Checkpoints that are whole or absent, without pickles.
+"""Checkpoints that are whole or absent, without pickles, for any number of processes.
 
 OUT/checkpoints/step_00000500/
 model.safetensors       student, teacher and anchor
 optimizer.safetensors   AdamW moments by parameter name
 state.json              step, counters and settings of the run
+
+Where weights are sharded, `model/` and `optimizer/` hold one safetensors file per process instead, written
+by `torch.distributed.checkpoint`. Either form is read by any number of processes in either layout.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,12 @@ from torch import Tensor
 
 from dinov3geo.backbones.zoo import read_tensors, write_tensors
 from dinov3geo.errors import DataError
-from dinov3geo.training.optimizer import load_optimizer_tensors, optimizer_tensors
+from dinov3geo.training.distributed import World
+from dinov3geo.training.optimizer import optimizer_tensors
 from dinov3geo.training.ssl import SelfSupervisedRecipe
 
 FOLDER = "checkpoints"
+MODEL, OPTIMIZER = "model", "optimizer"
 _PREFIX = "step_"
 _STATE = "state.json"
 _UNFINISHED = ".unfinished-"
@@ -33,13 +39,18 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(state.parent for state in (run / FOLDER).glob(f"{_PREFIX}*/{_STATE}"))
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one whole checkpoint."""
+    return (path / _STATE).is_file()
+
+
 def locate_checkpoint(path: Path) -> Path:
     """A checkpoint folder, given itself or its run's folder (then the latest).
 
     Raises:
         DataError: there is none.
     """
-    if (path / _STATE).is_file():
+    if is_checkpoint(path):
         return path
     found = list_checkpoints(path)
     if not found:
@@ -54,26 +65,51 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     keep: int,
+    keep_every: int | None = None,
+    world: World | None = None,
+    sharded: bool = False,
 ) -> Path:
-    """Writes a checkpoint and deletes old ones.
+    """Writes a checkpoint and deletes old ones; called by every process.
 
     Args:
         run: output folder of the run.
         recipe: networks.
         optimizer: of the student.
         state: JSON-able; must hold `step`, the number of steps made.
-        keep: checkpoints that stay.
+        keep: latest checkpoints that stay.
+        keep_every: checkpoints whose step is a multiple of this stay for ever.
+        world: the processes of the run.
+        sharded: every process writes its part.
 
     Returns:
         The checkpoint's folder.
     """
+    world = world or World()
     final = run / FOLDER / f"{_PREFIX}{state['step']:08d}"
-    if (final / _STATE).is_file():
+    exists = is_checkpoint(final)
+    world.wait()  # all have looked before the first of them writes
+    if exists:
         return final  # equal steps of one run are equal bits
     unfinished = run / FOLDER / f"{_UNFINISHED}{final.name}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    write_tensors(unfinished / "model.safetensors", _on_cpu(recipe.state_dict()))
-    write_tensors(unfinished / "optimizer.safetensors", _on_cpu(optimizer_tensors(optimizer)))
+    if world.is_first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    world.wait()
+    parts = {MODEL: recipe.state_dict(), OPTIMIZER: optimizer_tensors(optimizer)}
+    for name, tensors in parts.items():
+        if sharded:
+            _write_shards(unfinished / name, tensors)
+        elif world.is_first:
+            write_tensors(unfinished / f"{name}.safetensors", _on_cpu(tensors))
+    world.wait()
+    if world.is_first:
+        _finish(unfinished, final, state)
+        _delete_old(run, keep, keep_every)
+    world.wait()
+    return final
+
+
+def _finish(unfinished: Path, final: Path, state: dict[str, Any]) -> None:
     with (unfinished / _STATE).open("w", encoding="utf-8") as opened:
         opened.write(json.dumps(state, indent=1) + "\n")
         opened.flush()
@@ -81,15 +117,29 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)  # what an interrupted deletion left
     # The rename is the moment at which the checkpoint exists.
     os.rename(unfinished, final)
+
+
+def _delete_old(run: Path, keep: int, keep_every: int | None) -> None:
     for old in list_checkpoints(run)[:-keep]:
+        if keep_every is not None and int(old.name.removeprefix(_PREFIX)) % keep_every == 0:
+            continue
         # The file that makes a folder a checkpoint goes first.
         (old / _STATE).unlink()
         shutil.rmtree(old)
-    return final
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    folder.mkdir(exist_ok=True)
+    # Scalars (the optimiser's step counts) become vectors: a shard of a file has at least one dimension.
+    shaped = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
+    save(shaped, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), no_dist=False)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -99,32 +149,101 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_networks(checkpoint: Path, recipe: SelfSupervisedRecipe, *, with_anchor: bool) -> None:
-    """Loads student and teacher, and the anchor if asked.
+    """Loads student and teacher, and the anchor if asked; called by every process.
 
     Raises:
         DataError: the checkpoint is of another network.
     """
-    tensors = read_tensors(checkpoint / "model.safetensors")
-    try:
-        if with_anchor:
-            recipe.load_state_dict(tensors)
-        else:
-            recipe.load_parts(tensors)
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise DataError(
-            f"{checkpoint} does not fit the configured network and heads: {first}; "
-            "use the model and losses settings of the run that wrote it"
-        ) from error
+    wanted = {n: t for n, t in recipe.state_dict().items() if with_anchor or not n.startswith("anchor.")}
+    _fill(wanted, checkpoint, MODEL, ignored=() if with_anchor else ("anchor.",))
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Loads the optimiser's state.
+    """Loads the optimiser's state; called by every process.
 
     Raises:
         DataError: the checkpoint is of another network.
     """
-    try:
-        load_optimizer_tensors(optimizer, read_tensors(checkpoint / "optimizer.safetensors"))
-    except KeyError as error:
-        raise DataError(f"{checkpoint} has no optimiser state for {error}") from error
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    _fill(optimizer_tensors(optimizer), checkpoint, OPTIMIZER)
+
+
+def read_networks(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
+    """Tensors of a checkpoint whose names begin with a prefix, without it, whole and on the CPU."""
+    single = checkpoint / f"{MODEL}.safetensors"
+    tensors = read_tensors(single) if single.is_file() else _read_shards(checkpoint / MODEL)
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _fill(
+    wanted: Mapping[str, Tensor], checkpoint: Path, part: str, *, ignored: tuple[str, ...] = ()
+) -> None:
+    """Writes a checkpoint's numbers into tensors, whole or sharded."""
+    single = checkpoint / f"{part}.safetensors"
+    tensors = read_tensors(single) if single.is_file() else None
+    shapes = _shard_shapes(checkpoint / part) if tensors is None else {n: t.shape for n, t in tensors.items()}
+    found = {name: shape for name, shape in shapes.items() if not name.startswith(ignored or ("\0",))}
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not expected" for name in found if name not in wanted]
+    problems += [
+        f"{name} is {list(found[name])}, expected {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].numel() != tensor.numel()
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise DataError(
+            f"{checkpoint} does not fit the configured network and heads: {problems[0]}{more}; "
+            "use the model and losses settings of the run that wrote it"
+        )
+    with torch.no_grad():
+        if tensors is None:
+            _load_shards(wanted, checkpoint / part)
+        else:
+            for name, target in wanted.items():
+                _copy_whole(target, tensors[name])
+
+
+def _copy_whole(target: Tensor, source: Tensor) -> None:
+    """Copies a whole tensor into one that may be sharded: every process takes its own part, none speaks."""
+    if not hasattr(target, "device_mesh"):
+        target.copy_(source)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    own = source.to(target.device)
+    target.copy_(distribute_tensor(own, target.device_mesh, target.placements, src_data_rank=None))  # type: ignore[attr-defined]
+
+
+def _shard_shapes(folder: Path) -> dict[str, torch.Size]:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    if not folder.is_dir():
+        raise DataError(f"{folder.parent} holds neither {folder.name}.safetensors nor {folder.name}/")
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: entry.size for name, entry in found.items()}  # type: ignore[union-attr]
+
+
+def _load_shards(wanted: Mapping[str, Tensor], folder: Path) -> None:
+    from torch import distributed as dist
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    shaped = {name: tensor.view(1) if tensor.ndim == 0 else tensor for name, tensor in wanted.items()}
+    load(
+        shaped,
+        storage_reader=HuggingFaceStorageReader(str(folder)),
+        no_dist=not dist.is_initialized(),
+    )
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    tensors = {name: torch.empty(shape) for name, shape in _shard_shapes(folder).items()}
+    _load_shards(tensors, folder)
+    return tensors

@@ -7,21 +7,26 @@ from pathlib import Path
 import torch
 
 from dinov3geo.backbones.device import resolve_device
-from dinov3geo.backbones.variants import build_vit
+from dinov3geo.backbones.zoo import BUNDLED
+from dinov3geo.data.crops import CropSettings
 from dinov3geo.data.image_folder import ImageFolder
 from dinov3geo.data.mixture import check_bands, network_bands, open_sources
 from dinov3geo.training.checkpoint import locate_checkpoint
+from dinov3geo.training.continuing import check_out
+from dinov3geo.training.distributed import World
 from dinov3geo.training.projection import ProjectionHead
 from dinov3geo.training.settings import TrainSettings
-from dinov3geo.training.trainer import build_crop_maker, check_out, load_anchor
+from dinov3geo.training.setup import build_crop_makers, build_student, load_anchor
 
 # Saved per token, block and channel for the backward pass: two norms, q, k, v, attention output and
 # projection, four times the width before and after GELU, two scaled branches.
 _SAVED_PER_CHANNEL = 2 + 3 + 2 + 8 + 2
+# The same where only matrix products and attention are kept, and where only a block's input is.
+_SAVED = {"none": _SAVED_PER_CHANNEL, "selective": 3 + 2 + 4 + 1, "full": 1}
 
 
 def describe(
-    settings: TrainSettings, out: Path | None = None, *, resume: bool = False
+    settings: TrainSettings, out: Path | None = None, *, resume: bool = False, ranks: int = 1
 ) -> list[tuple[str, str]]:
     """Lines of a dry run: data found, model size, memory estimate, steps.
 
@@ -29,56 +34,92 @@ def describe(
         settings: of the run.
         out: its folder, or None to leave it unchecked.
         resume: whether the run would go on from a checkpoint in `out`.
+        ranks: processes that the run would have.
 
     Raises:
-        UserError: anything that would stop the run before its first step.
+        UserError: anything that would stop the run before its first step, except an anchor or a run to start
+            from whose path does not exist yet: these are told among the lines.
     """
     device = resolve_device(settings.device)
     lines = [("device", str(device)), ("precision", settings.precision)]
+    per_rank = World(0, ranks).images_per_process(settings.batch_size, settings.accumulate)
     if out is not None:
         check_out(out, resume=resume)
-    if settings.start_from is not None:
-        locate_checkpoint(settings.start_from)
-    build_crop_maker(settings)
+    build_crop_makers(settings)
     datasets = open_sources(settings.data)
     check_bands(datasets, settings.data)
-    with torch.device("meta"):
-        student = build_vit(
-            settings.model.variant,
-            in_channels=len(network_bands(settings.data)),
-            patch_size=settings.model.patch_size,
-        )
-    load_anchor(settings, student)
     for source, dataset in zip(settings.data.sources, datasets, strict=True):
         noun = "images" if isinstance(dataset, ImageFolder) else "scenes"
         lines.append((f"data {source.path}", f"{len(dataset):,} {noun}"))
     lines.append(("bands", ", ".join(network_bands(settings.data))))
     backbone, heads = count_parameters(settings)
-    tokens = tokens_per_image(settings)
+    images = settings.steps * settings.batch_size
     lines += [
-        ("backbone", f"{settings.model.variant}, {backbone / 1e6:.1f} M parameters"),
-        ("heads", f"{heads / 1e6:.1f} M parameters"),
-        ("tokens per image", f"{tokens} with gradient"),
+        *_other_runs(settings),
+        ("backbone", f"{settings.model.variant}, {backbone / 1e6:,.1f} M parameters"),
+        ("heads", f"{heads / 1e6:,.1f} M parameters"),
+        *_crop_lines(settings),
         (
-            "memory estimate",
-            f"{memory_bytes(settings) / 2**30:.1f} GiB for weights, optimiser and activations",
+            "processes",
+            f"{ranks} with {per_rank} images each, {settings.accumulate} part(s) a step, "
+            f"layout {settings.parallel.layout}, recompute {settings.parallel.recompute}",
         ),
         (
-            "steps",
-            f"{settings.steps:,} of {settings.batch_size} images = {settings.steps * settings.batch_size:,}",
+            "memory per process (estimate)",
+            f"{memory_bytes(settings, ranks) / 2**30:,.1f} GiB for weights, optimiser and activations",
         ),
+        ("steps", f"{settings.steps:,} of {settings.batch_size} images = {images:,}"),
+        ("learning rate", _rates(settings)),
     ]
     return lines
+
+
+def _other_runs(settings: TrainSettings) -> list[tuple[str, str]]:
+    """What the run begins from, and whether it is there."""
+    lines = []
+    if settings.start_from is not None:
+        missing = not settings.start_from.exists()
+        if not missing:
+            locate_checkpoint(settings.start_from)
+        lines.append(("start from", f"{settings.start_from}{' IS MISSING' if missing else ''}"))
+    anchor = settings.gram.anchor
+    if anchor is not None and str(anchor) not in BUNDLED and not anchor.exists():
+        lines.append(("gram anchor", f"{anchor} IS MISSING"))
+    else:
+        with torch.device("meta"):
+            student = build_student(settings)
+        load_anchor(settings, student)
+        if settings.gram.wanted:
+            lines.append(("gram anchor", "the EMA teacher" if anchor is None else str(anchor)))
+    return lines
+
+
+def _crop_lines(settings: TrainSettings) -> list[tuple[str, str]]:
+    lines = []
+    for crops, share in settings.crop_choices():
+        gram = "" if crops.gram_size is None else f", gram {crops.gram_size}"
+        often = "" if share == 1 else f" in {share:.0%} of the steps"
+        tokens = tokens_per_image(settings, crops)
+        lines.append(
+            (
+                "crops",
+                f"2 x {crops.global_size} + {crops.local_count} x {crops.local_size}{gram}{often}: "
+                f"{tokens} tokens per image with gradient",
+            )
+        )
+    return lines
+
+
+def _rates(settings: TrainSettings) -> str:
+    rate = settings.schedules.lr
+    values = [rate.at(step, settings.steps) for step in (0, settings.steps // 2, settings.steps - 1)]
+    return ", ".join(f"{value:.3g}" for value in values) + " in the first, middle and last step"
 
 
 def count_parameters(settings: TrainSettings) -> tuple[int, int]:
     """Parameters of the backbone and of both heads, counted on the meta device."""
     with torch.device("meta"):
-        backbone = build_vit(
-            settings.model.variant,
-            in_channels=len(network_bands(settings.data)),
-            patch_size=settings.model.patch_size,
-        )
+        backbone = build_student(settings)
         heads = [
             ProjectionHead(backbone.embed_dim, settings.losses.dino_head),
             ProjectionHead(backbone.embed_dim, settings.losses.ibot_head),
@@ -90,34 +131,39 @@ def _size(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def tokens_per_image(settings: TrainSettings) -> int:
+def tokens_per_image(settings: TrainSettings, crops: CropSettings | None = None) -> int:
     """Tokens that the student processes for one image: two global crops and the local ones."""
-    crops, patch = settings.crops, settings.model.patch_size
+    crops, patch = crops or settings.crops, settings.model.patch_size
     with torch.device("meta"):
-        prefix = build_vit(settings.model.variant).num_prefix
+        prefix = build_student(settings).num_prefix
     per_global = (crops.global_size // patch) ** 2 + prefix
     per_local = (crops.local_size // patch) ** 2 + prefix
     return 2 * per_global + crops.local_count * per_local
 
 
-def memory_bytes(settings: TrainSettings) -> int:
-    """Estimate of the memory that a step needs on the device.
+def memory_bytes(settings: TrainSettings, ranks: int = 1) -> int:
+    """Estimate of the memory that a step needs on each device.
 
-    Weights, gradients and two AdamW moments of the student, weights of the teacher (and the anchor),
-    saved activations of the student, and the logits over prototypes with their gradients.
+    Weights, gradients and two AdamW moments of the student, weights of the teacher (and the anchor), all
+    divided by the processes if they are sharded; saved activations of the student for the largest crops; of
+    the scores over prototypes the teacher's targets and the student's gradients.
     """
     with torch.device("meta"):
-        backbone = build_vit(settings.model.variant)
+        backbone = build_student(settings)
     trained = sum(count_parameters(settings))
     frozen = trained + (0 if settings.gram.anchor is None else _size(backbone))
+    weights = 4 * (4 * trained + frozen)
+    if settings.parallel.layout == "shard":
+        weights //= ranks
     width = 2 if settings.precision == "bfloat16" else 4
-    batch = settings.batch_size
-    saved = batch * tokens_per_image(settings) * backbone.num_blocks * backbone.embed_dim * _SAVED_PER_CHANNEL
-    per_crop = (settings.crops.global_size // settings.model.patch_size) ** 2
-    masked = 2 * batch * per_crop * settings.masks.probability * sum(settings.masks.ratio) / 2
-    rows = {
-        settings.losses.dino_head.prototypes: (4 + settings.crops.local_count) * batch,
-        settings.losses.ibot_head.prototypes: 2 * masked,
-    }
-    logits = sum(3 * count * prototypes for prototypes, count in rows.items())
-    return int(4 * (4 * trained + frozen) + width * saved + 4 * logits)
+    batch = settings.batch_size // ranks
+    part = batch // settings.accumulate
+    tokens = max(tokens_per_image(settings, crops) for crops, _ in settings.crop_choices())
+    kept = _SAVED[settings.parallel.recompute]
+    saved = width * part * tokens * backbone.num_blocks * backbone.embed_dim * kept
+    side = max(crops.global_size for crops, _ in settings.crop_choices()) // settings.model.patch_size
+    masked = side**2 * settings.masks.probability * sum(settings.masks.ratio) / 2
+    dino, ibot = settings.losses.dino_head.prototypes, settings.losses.ibot_head.prototypes
+    targets = 4 * 2 * batch * (dino + masked * ibot)
+    gradients = width * part * ((2 + settings.crops.local_count) * dino + 2 * masked * ibot)
+    return int(weights + saved + targets + gradients)

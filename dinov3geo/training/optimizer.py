@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from dinov3geo.backbones.vit import VisionTransformer
+from dinov3geo.training.distributed import whole
 
 _BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
 _FIRST_LAYER = ("cls_token", "register_tokens", "mask_token", "patch_embed")
@@ -39,8 +40,8 @@ def build_optimizer(student: nn.ModuleDict, settings: OptimizerSettings) -> torc
     Source: DINOv3 training configurations; layer decay from Bao et al. 2022 (BEiT).
     """
     backbone = student["backbone"]
-    assert isinstance(backbone, VisionTransformer)
-    depth = backbone.num_blocks
+    # Other architectures have no depth that a decay by layer would follow.
+    depth = backbone.num_blocks if isinstance(backbone, VisionTransformer) else 0
     groups: dict[tuple[float, float, bool], tuple[list[str], list[nn.Parameter]]] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
@@ -72,6 +73,8 @@ def build_optimizer(student: nn.ModuleDict, settings: OptimizerSettings) -> torc
 
 
 def _lr_factor(name: str, depth: int, settings: OptimizerSettings) -> float:
+    if depth == 0:
+        return 1.0
     block = _BLOCK.match(name)
     if block is not None:
         layer = int(block[1]) + 1
@@ -85,7 +88,7 @@ def _lr_factor(name: str, depth: int, settings: OptimizerSettings) -> float:
 
 def _is_undecayed(name: str) -> bool:
     last = name.rsplit(".", 1)[-1]
-    return last.endswith("bias") or "norm" in name or last in ("scale1", "scale2")
+    return last.endswith("bias") or "norm" in name or last in ("scale", "scale1", "scale2")
 
 
 def set_rates(
@@ -101,7 +104,7 @@ def set_rates(
 def clip_per_module(modules: Iterable[tuple[str, nn.Module]], max_norm: float | None) -> dict[str, Tensor]:
     """Clips each module's gradient to its own norm; returns the norms before clipping, on the device."""
     limit = float("inf") if max_norm is None else max_norm
-    return {name: nn.utils.clip_grad_norm_(module.parameters(), limit) for name, module in modules}
+    return {name: whole(nn.utils.clip_grad_norm_(module.parameters(), limit)) for name, module in modules}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -112,17 +115,3 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{key}:{name}"] = value
     return tensors
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` gave.
-
-    Raises:
-        KeyError: a parameter has state in one of the two only.
-    """
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}:{name}"].to(parameter.device).clone()
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }

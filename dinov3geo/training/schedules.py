@@ -24,6 +24,7 @@ class Schedule(BaseModel):
     end: float | None = Field(None, description="after the cosine; peak if absent")
     warmup_steps: int = Field(0, ge=0)
     cosine_steps: int | None = Field(None, ge=0, description="all remaining steps if absent")
+    begin: int = Field(0, ge=0, description="step at which the warm-up begins, where stages keep the count")
 
     @model_validator(mode="before")
     @classmethod
@@ -39,6 +40,7 @@ class Schedule(BaseModel):
             step: from 0.
             total_steps: of the run; where the cosine ends if `cosine_steps` is absent.
         """
+        step, total_steps = max(step - self.begin, 0), max(total_steps - self.begin, 0)
         start = self.peak if self.start is None else self.start
         end = self.peak if self.end is None else self.end
         if step < self.warmup_steps:

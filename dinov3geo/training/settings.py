@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dinov3geo.data.crops import CropSettings
 from dinov3geo.data.masking import MaskSettings
 from dinov3geo.data.mixture import DataSettings
 from dinov3geo.training.optimizer import OptimizerSettings
+from dinov3geo.training.parallel import ParallelSettings
 from dinov3geo.training.schedules import Schedule
 from dinov3geo.training.ssl import GramSettings, LossSettings
 
@@ -44,6 +45,7 @@ class CheckpointSettings(BaseModel):
 
     every: int = Field(500, gt=0, description="steps")
     keep_last: int = Field(3, gt=0, description="older checkpoints are deleted")
+    keep_every: int | None = Field(None, gt=0, description="those of such steps are kept for ever")
 
 
 class ExportSettings(BaseModel):
@@ -57,6 +59,35 @@ class ExportSettings(BaseModel):
     notes: str = Field("", description="limits that a user should know")
 
 
+class ResolutionSettings(BaseModel):
+    """One choice of a mixture of crop sizes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    global_size: int = Field(gt=0)
+    local_size: int = Field(gt=0)
+    gram_size: int | None = Field(None, gt=0)
+    probability: float = Field(gt=0, description="relative to the other choices")
+
+
+class WatchSettings(BaseModel):
+    """What is looked at while the run goes on, and when it gives up."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    statistics: bool = Field(True, description="entropies, ranks and similarities beside the losses")
+    tensorboard: bool = Field(False, description="event files beside metrics.jsonl (extra `tensorboard`)")
+    max_skipped: int = Field(2, ge=0, description="steps in a row with a loss or gradient that is not finite")
+    evaluate_every: int | None = Field(None, gt=0, description="steps between evaluations")
+    knn: Path | None = Field(None, description="folder of labelled images, one sub-folder per class")
+    knn_size: int = Field(64, gt=0, description="side of those images in pixels")
+    knn_per_class: int = Field(200, gt=3, description="images of each class; every fourth is asked for")
+    dense_images: Path | None = Field(None, description="folder of images for a probe of patches")
+    dense_heights: Path | None = Field(None, description="folder of their canopy heights in metres")
+    pictures_every: int | None = Field(None, gt=0, description="steps between pictures of the patch features")
+    pictures: int = Field(8, gt=0, description="images in a picture")
+
+
 class TrainSettings(BaseModel):
     """A pretraining run. A stage (gram, high resolution) is another set of these numbers."""
 
@@ -65,7 +96,10 @@ class TrainSettings(BaseModel):
     name: str = Field("pretrain", description="stands in the card of the weights")
     seed: int = Field(0, ge=0)
     steps: int = Field(gt=0)
-    batch_size: int = Field(64, gt=1, description="images per step")
+    batch_size: int = Field(64, gt=1, description="images per step, over all processes")
+    accumulate: int = Field(
+        1, gt=0, description="parts of a step's images that a process treats one after the other"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the forward pass; weights and losses stay float32"
@@ -75,6 +109,12 @@ class TrainSettings(BaseModel):
     start_from: Path | None = Field(
         None, description="run folder or checkpoint whose student, teacher, heads and optimiser go on"
     )
+    keep_count: bool = Field(
+        False, description="with start_from: steps are counted on from there, schedules and data too"
+    )
+    resolutions: tuple[ResolutionSettings, ...] = Field(
+        (), description="crop sizes drawn anew for every step, in place of those of crops"
+    )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     crops: CropSettings = CropSettings()
@@ -83,5 +123,24 @@ class TrainSettings(BaseModel):
     gram: GramSettings = GramSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedules: ScheduleSettings = ScheduleSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    watch: WatchSettings = WatchSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
     export: ExportSettings = ExportSettings()
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> TrainSettings:
+        if self.keep_count and self.start_from is None:
+            raise ValueError("keep_count goes on from start_from, which is not set")
+        return self
+
+    def crop_choices(self) -> list[tuple[CropSettings, float]]:
+        """Crop settings that a step may use, each with its share of the steps."""
+        if not self.resolutions:
+            return [(self.crops, 1.0)]
+        total = sum(choice.probability for choice in self.resolutions)
+        sizes = {"global_size", "local_size", "gram_size"}
+        return [
+            (self.crops.model_copy(update=choice.model_dump(include=sizes)), choice.probability / total)
+            for choice in self.resolutions
+        ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from dinov3geo.backbones.features import Features
 from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.data.crops import CropBatch
 from dinov3geo.losses.dino import dino_loss
-from dinov3geo.losses.gram import gram_loss, resize_features
+from dinov3geo.losses.gram import count_pairs, gram_loss, resize_features
 from dinov3geo.losses.ibot import ibot_loss, mask_weights
 from dinov3geo.losses.koleo import koleo_loss
 from dinov3geo.losses.sinkhorn import sinkhorn_knopp
+from dinov3geo.training.distributed import local_parts
 from dinov3geo.training.projection import ProjectionHead, ProjectionSettings
 from dinov3geo.training.schedules import Schedule
 
@@ -34,6 +36,9 @@ class LossSettings(BaseModel):
     )
     ibot_weight: float = Field(1.0, ge=0)
     koleo_weight: float = Field(0.1, ge=0)
+    koleo_group: int | None = Field(
+        None, gt=1, description="images among which neighbours are sought; all of the step if absent"
+    )
     student_temperature: float = Field(0.1, gt=0)
     dino_head: ProjectionSettings = ProjectionSettings()
     ibot_head: ProjectionSettings = ProjectionSettings()
@@ -44,11 +49,127 @@ class GramSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    anchor: Path | None = Field(None, description="backbone weights or run folder; absent: no anchoring")
+    anchor: Path | None = Field(
+        None, description="backbone weights, run folder or checkpoint; absent: no anchoring"
+    )
+    from_teacher: bool = Field(
+        False, description="the anchor is the EMA teacher of the moment, without a network of its own"
+    )
     weight: Schedule = Schedule(peak=2.0)
     per_image: bool = Field(True, description="similarities within images, not over the whole batch")
     refresh_every: int | None = Field(None, gt=0, description="steps after which the EMA teacher replaces it")
+    first_refresh: int = Field(0, ge=0, description="no refresh before this many steps are made")
     max_refreshes: int | None = Field(None, gt=0)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run is anchored at all."""
+        return self.anchor is not None or self.from_teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the frozen networks say about a batch.
+
+    Attributes:
+        cls: [V, B, K] prototypes of the class tokens, rows sum to 1.
+        patches: [M, K] prototypes of the masked patches, in the order of `patch_masks.nonzero()`.
+        anchor: [V * B, N, D] patch features to keep the similarities of, or None.
+        num_pairs: of valid patches, see `count_pairs`; None without an anchor.
+        seen: the teacher's features of (the first part of) the global crops.
+    """
+
+    cls: Tensor
+    patches: Tensor
+    anchor: Tensor | None
+    num_pairs: Tensor | None
+    seen: Features | None = None
+
+    def of_images(self, images: slice, patch_masks: Tensor) -> Targets:
+        """The part of some images.
+
+        Args:
+            images: which of the B.
+            patch_masks: [V * B, N] of the whole batch.
+        """
+        views, batch, _ = self.cls.shape
+        numbers = torch.full(patch_masks.shape, -1, device=patch_masks.device)
+        numbers[patch_masks] = torch.arange(len(self.patches), device=patch_masks.device)
+        own = numbers.unflatten(0, (views, batch))[:, images]
+        anchor = self.anchor
+        if anchor is not None:
+            anchor = anchor.unflatten(0, (views, batch))[:, images].flatten(0, 1)
+        cls = self.cls[:, images]
+        pairs = None if self.num_pairs is None else self.num_pairs * (cls.shape[1] / batch)
+        return Targets(cls, self.patches[own[own >= 0]], anchor, pairs)
+
+
+class StudentPass(nn.Module):
+    """All that the student computes in a step, as one call: what replicas and shards are built around."""
+
+    def __init__(
+        self,
+        student: nn.ModuleDict,
+        losses: LossSettings,
+        *,
+        gram_per_image: bool,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """Keeps the student: `backbone`, `dino_head`, `ibot_head`."""
+        super().__init__()
+        self.student = student
+        self.settings = losses
+        self.gram_per_image = gram_per_image
+        self.group = group
+
+    def forward(self, batch: CropBatch, targets: Targets) -> dict[str, Tensor]:
+        """Unweighted loss terms."""
+        views, images = batch.global_crops.shape[:2]
+        seen: Features = self.student["backbone"](batch.global_crops.flatten(0, 1), batch.patch_masks)
+        class_tokens = [seen.cls]
+        num_locals = batch.local_crops.shape[0]
+        if num_locals:
+            local: Features = self.student["backbone"](batch.local_crops.flatten(0, 1), local_crops=True)
+            class_tokens.append(local.cls)
+        logits = self.student["dino_head"](torch.cat(class_tokens)).unflatten(0, (views + num_locals, images))
+        temperature = self.settings.student_temperature
+        terms = {
+            "dino_global": dino_loss(
+                logits[:views], targets.cls, student_temperature=temperature, ignore_diagonal=True
+            ),
+            "ibot": ibot_loss(
+                self.student["ibot_head"](seen.patches[batch.patch_masks]),
+                targets.patches,
+                mask_weights(batch.patch_masks),
+                num_images=views * images,
+                student_temperature=temperature,
+            ),
+        }
+        if num_locals:
+            terms["dino_local"] = dino_loss(logits[views:], targets.cls, student_temperature=temperature)
+        if self.settings.koleo_weight > 0:
+            terms["koleo"] = self._koleo(seen.cls, views)
+        if targets.anchor is not None:
+            terms["gram"] = gram_loss(
+                seen.patches,
+                targets.anchor,
+                per_image=self.gram_per_image,
+                valid=batch.patch_valid,
+                num_pairs=targets.num_pairs if self.gram_per_image else None,
+            )
+        return terms
+
+    def _koleo(self, class_tokens: Tensor, views: int) -> Tensor:
+        """Summed over the global crops; averaged over the groups, if neighbours are sought within such."""
+        size = self.settings.koleo_group
+        total = class_tokens.new_zeros(())
+        for view in class_tokens.chunk(views):
+            if size is None or size >= len(view):
+                total = total + koleo_loss(view, group=self.group if size is None else None)
+            else:
+                groups = view.tensor_split(len(view) // size)
+                total = total + torch.stack([koleo_loss(part) for part in groups]).mean()
+        return total
 
 
 class SelfSupervisedRecipe(nn.Module):
@@ -75,7 +196,7 @@ class SelfSupervisedRecipe(nn.Module):
             backbone: of the student; the teacher gets a copy.
             losses: weights and head shapes.
             gram: how the anchor is used.
-            anchor: the frozen backbone, required if gram anchoring is on.
+            anchor: the frozen backbone, required if gram anchoring is on with a network of its own.
             group: processes that share Sinkhorn-Knopp and KoLeo.
         """
         super().__init__()
@@ -92,6 +213,13 @@ class SelfSupervisedRecipe(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.anchor = None if anchor is None else anchor.requires_grad_(False).eval()
         self.num_refreshes = 0
+        # In a tuple, so that its parameters are not registered a second time.
+        self._passes = (StudentPass(self.student, losses, gram_per_image=gram.per_image, group=group),)
+
+    @property
+    def student_pass(self) -> StudentPass:
+        """The student's forward pass and losses."""
+        return self._passes[0]
 
     def train(self, mode: bool = True) -> SelfSupervisedRecipe:
         """Only the student ever trains: teachers see no dropped paths and no rescaled positions."""
@@ -109,39 +237,9 @@ class SelfSupervisedRecipe(nn.Module):
             Scalars `dino_global`, `dino_local`, `ibot`, `koleo` (summed over the two global crops) and,
             with an anchor, `gram`.
         """
-        views, images = batch.global_crops.shape[:2]
-        global_crops = batch.global_crops.flatten(0, 1)  # [V * B, C, H, W]
-        targets, patch_targets = self._targets(global_crops, batch.patch_masks, teacher_temperature)
-        seen: Features = self.student["backbone"](global_crops, batch.patch_masks)
-        class_tokens = [seen.cls]
-        num_locals = batch.local_crops.shape[0]
-        if num_locals:
-            local: Features = self.student["backbone"](batch.local_crops.flatten(0, 1), local_crops=True)
-            class_tokens.append(local.cls)
-        logits = self.student["dino_head"](torch.cat(class_tokens)).unflatten(0, (views + num_locals, images))
-        targets = targets.unflatten(0, (views, images))
-        temperature = self.settings.student_temperature
-        terms = {
-            "dino_global": dino_loss(
-                logits[:views], targets, student_temperature=temperature, ignore_diagonal=True
-            ),
-            "ibot": ibot_loss(
-                self.student["ibot_head"](seen.patches[batch.patch_masks]),
-                patch_targets,
-                mask_weights(batch.patch_masks),
-                num_images=views * images,
-                student_temperature=temperature,
-            ),
-        }
-        if num_locals:
-            terms["dino_local"] = dino_loss(logits[views:], targets, student_temperature=temperature)
-        if self.settings.koleo_weight > 0:
-            terms["koleo"] = sum(
-                (koleo_loss(view, group=self.group) for view in seen.cls.chunk(views)),
-                start=seen.cls.new_zeros(()),
-            )
-        if self.anchor is not None:
-            terms["gram"] = self._gram_term(batch, seen)
+        terms: dict[str, Tensor] = self.student_pass(
+            batch, self.targets(batch, teacher_temperature=teacher_temperature)
+        )
         return terms
 
     def weights(self, step: int, total_steps: int, *, num_locals: int) -> dict[str, float]:
@@ -160,24 +258,55 @@ class SelfSupervisedRecipe(nn.Module):
         }
 
     @torch.no_grad()
-    def _targets(
-        self, global_crops: Tensor, patch_masks: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        features: Features = self.teacher["backbone"](global_crops)
-        logits = self.teacher["dino_head"](features.cls)
-        patch_logits = self.teacher["ibot_head"](features.patches[patch_masks])
-        return (
-            sinkhorn_knopp(logits, temperature, group=self.group),
-            sinkhorn_knopp(patch_logits, temperature, group=self.group),
+    def targets(
+        self, batch: CropBatch, *, teacher_temperature: float, parts: int = 1, anchored: bool = True
+    ) -> Targets:
+        """What teacher and anchor say of a batch; each network sees each crop once.
+
+        Args:
+            batch: crops with masks.
+            teacher_temperature: of this step.
+            parts: in which the images go through the networks, to save memory; the targets are those of
+                the whole batch.
+            anchored: whether the anchor is asked at all; in steps that give it no weight it is not.
+        """
+        views, images = batch.global_crops.shape[:2]
+        masks = batch.patch_masks.unflatten(0, (views, images))
+        order = torch.zeros_like(masks, dtype=torch.long)
+        order[masks] = torch.arange(int(masks.sum()), device=masks.device)
+        logits, patch_logits, places, kept = [], [], [], []
+        first: Features | None = None
+        anchored = anchored and (self.anchor is not None or self.gram.from_teacher)
+        for own in torch.arange(images).tensor_split(parts):
+            rows = slice(int(own[0]), int(own[-1]) + 1)
+            features: Features = self.teacher["backbone"](batch.global_crops[:, rows].flatten(0, 1))
+            first = first or features
+            own_masks = masks[:, rows].flatten(0, 1)
+            logits.append(self.teacher["dino_head"](features.cls).unflatten(0, (views, -1)))
+            patch_logits.append(self.teacher["ibot_head"](features.patches[own_masks]))
+            places.append(order[:, rows].flatten(0, 1)[own_masks])
+            if anchored:
+                kept.append(self._anchor_patches(batch, rows, features).unflatten(0, (views, -1)))
+        # Parts hold all views of some images: put the patches back into the order of the whole batch.
+        patches = torch.empty_like(joined := torch.cat(patch_logits))
+        patches[torch.cat(places)] = joined
+        cls = sinkhorn_knopp(torch.cat(logits, 1).flatten(0, 1), teacher_temperature, group=self.group)
+        return Targets(
+            cls.unflatten(0, (views, images)),
+            sinkhorn_knopp(patches, teacher_temperature, group=self.group),
+            torch.cat(kept, 1).flatten(0, 1) if anchored else None,
+            count_pairs(batch.patch_valid, group=self.group) if anchored else None,
+            first,
         )
 
-    def _gram_term(self, batch: CropBatch, seen: Features) -> Tensor:
-        assert self.anchor is not None
+    def _anchor_patches(self, batch: CropBatch, rows: slice, features: Features) -> Tensor:
+        """Patch features of the anchor on the student's grid, [V * b, N, D]."""
+        if self.anchor is None and batch.gram_crops is None:
+            return features.patches  # the teacher has seen these crops already
+        network = self.teacher["backbone"] if self.anchor is None else self.anchor
         crops = batch.global_crops if batch.gram_crops is None else batch.gram_crops
-        with torch.no_grad():
-            kept: Features = self.anchor(crops.flatten(0, 1))
-            patches = resize_features(kept.patches, kept.grid_hw, seen.grid_hw)
-        return gram_loss(seen.patches, patches, per_image=self.gram.per_image, valid=batch.patch_valid)
+        kept: Features = network(crops[:, rows].flatten(0, 1))
+        return resize_features(kept.patches, kept.grid_hw, features.grid_hw)
 
     @torch.no_grad()
     def after_step(self, step: int, *, momentum: float) -> None:
@@ -187,14 +316,16 @@ class SelfSupervisedRecipe(nn.Module):
             step: the step just made, from 0.
             momentum: share of the teacher that stays.
         """
-        teacher = [parameter.data for parameter in self.teacher.parameters()]
-        student = [parameter.data for parameter in self.student.parameters()]
-        torch._foreach_lerp_(teacher, student, 1 - momentum)
+        torch._foreach_lerp_(local_parts(self.teacher), local_parts(self.student), 1 - momentum)
         every, limit = self.gram.refresh_every, self.gram.max_refreshes
-        if self.anchor is None or every is None or (step + 1) % every:
+        made = step + 1
+        if self.anchor is None or every is None or made % every or made < self.gram.first_refresh:
             return
         if limit is None or self.num_refreshes < limit:
-            self.anchor.load_state_dict(self.teacher["backbone"].state_dict())
+            for kept, new in zip(
+                local_parts(self.anchor), local_parts(self.teacher["backbone"]), strict=True
+            ):
+                kept.copy_(new)
             self.num_refreshes += 1
 
     def load_parts(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,124 @@
+"""Two processes on Gloo against one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinov3geo.errors import ConfigError
+from dinov3geo.training.checkpoint import list_checkpoints, read_networks
+from dinov3geo.training.distributed import World
+from dinov3geo.training.settings import TrainSettings
+from dinov3geo.training.trainer import pretrain
+
+WORKER = Path(__file__).with_name("worker.py")
+ROOT = str(WORKER.parents[2])
+
+
+def start(*arguments: str) -> list[subprocess.Popen[str]]:
+    """Two processes as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": ROOT}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), *arguments],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def finish(processes: Sequence[subprocess.Popen[str]]) -> None:
+    answers = [process.communicate(timeout=600)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(answers)[-3000:]
+
+
+def test_losses_and_gradients_equal_those_of_one_process() -> None:
+    finish(start("losses_and_gradients"))
+
+
+def test_shards_take_the_same_steps_as_replicas() -> None:
+    finish(start("five_steps"))
+
+
+@pytest.fixture
+def settings(write_raster: Callable[..., Path]) -> TrainSettings:
+    scene = write_raster("scenes/plot.tif", shape=(3, 90, 100))
+    head = {"hidden": 32, "bottleneck": 16, "prototypes": 32}
+    return TrainSettings.model_validate(
+        {
+            "steps": 6,
+            "batch_size": 4,
+            "threads": 1,
+            "log_every": 1,
+            "model": {"variant": "vit_tiny", "layer_scale": 0.1},
+            "data": {"root": str(scene.parent), "chip_size": 64, "workers": 0},
+            "crops": {"global_size": 48, "local_size": 32, "local_count": 2},
+            "losses": {"dino_head": head, "ibot_head": head},
+            "checkpoints": {"every": 2, "keep_last": 9},
+            "parallel": {"layout": "shard"},
+        }
+    )
+
+
+def test_checkpoints_change_hands_between_numbers_of_processes(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "settings.json", tmp_path / "run"
+    file.write_text(settings.model_copy(update={"steps": 6}).model_dump_json())
+    # Two processes make steps 1 and 2, one goes on to 4, two end the run.
+    pretrain(settings, out=tmp_path / "whole")
+    for processes, steps in ((2, 2), (1, 4), (2, 6)):
+        for late in list_checkpoints(out):
+            assert int(late.name[-8:]) <= steps
+        if processes == 2:
+            finish(start("pretrain", str(file), str(out)))
+        else:
+            pretrain(settings, out=out, resume=True)
+        for late in list_checkpoints(out):
+            if int(late.name[-8:]) > steps:
+                (late / "state.json").unlink()  # as if the sitting had ended here
+    sharded = list_checkpoints(out)
+    assert (sharded[0] / "model").is_dir() and (sharded[1] / "model.safetensors").is_file()
+    assert [path.name[-1] for path in sharded] == ["2", "4", "6"]
+    ends = [read_networks(list_checkpoints(run)[-1], "student.") for run in (tmp_path / "whole", out)]
+    worst = max(float((ends[0][name] - ends[1][name]).abs().max()) for name in ends[0])
+    assert worst < 2e-5
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (tmp_path / "whole", out)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="does not divide by 3 processes.*use 9 or 12"):
+        World(0, 3).images_per_process(10)
+    assert World(1, 2).images_per_process(8, accumulate=2) == 4
+
+
+def test_all_images_of_a_step_are_those_of_one_process(settings: TrainSettings) -> None:
+    sys.path.insert(0, str(WORKER.parent))
+    try:
+        import worker
+    finally:
+        sys.path.pop(0)
+    together = worker.crops(5)
+    for rank in range(2):
+        own = worker.crops(5, World(rank, 2).share)
+        assert torch.equal(own.global_crops, together.global_crops[:, rank::2])
+        assert torch.equal(own.local_crops, together.local_crops[:, rank::2])
+        assert own.gram_crops is not None and together.gram_crops is not None
+        assert torch.equal(own.gram_crops, together.gram_crops[:, rank::2])
+        masks = together.patch_masks.unflatten(0, (2, 8))[:, rank::2].flatten(0, 1)
+        assert torch.equal(own.patch_masks, masks)
