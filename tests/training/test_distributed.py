@@ -17,7 +17,7 @@ from dinov3geo.training.distributed import World
 from dinov3geo.training.settings import TrainSettings
 from dinov3geo.training.trainer import pretrain
 
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = Path(__file__).parents[1] / "two_processes.py"
 ROOT = str(WORKER.parents[2])
 
 
@@ -110,7 +110,7 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 def test_all_images_of_a_step_are_those_of_one_process(settings: TrainSettings) -> None:
     sys.path.insert(0, str(WORKER.parent))
     try:
-        import worker
+        import two_processes as worker
     finally:
         sys.path.pop(0)
     together = worker.crops(5)
