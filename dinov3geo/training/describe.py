@@ -153,9 +153,11 @@ def memory_bytes(settings: TrainSettings, ranks: int = 1) -> int:
     trained = sum(count_parameters(settings))
     frozen = trained + (0 if settings.gram.anchor is None else _size(backbone))
     weights = 4 * (4 * trained + frozen)
-    if settings.parallel.layout == "shard":
-        weights //= ranks
     width = 2 if settings.precision == "bfloat16" else 4
+    if settings.parallel.layout == "shard" and ranks > 1:
+        # Gathered at one time: a block and the next one, and the heads, with their gradients.
+        whole = 2 * _size(backbone) // backbone.num_blocks + sum(count_parameters(settings)[1:])
+        weights = weights // ranks + 2 * width * whole
     batch = settings.batch_size // ranks
     part = batch // settings.accumulate
     tokens = max(tokens_per_image(settings, crops) for crops, _ in settings.crop_choices())
