@@ -118,7 +118,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 if turn and result.get("seconds", 0) >= results[name]["seconds"]:
                     continue
                 results[name] = result | (describe(arguments.scene, output) if output.exists() else {})
-    return {"scene": str(arguments.scene.name), "results": results}
+    return {"scene": arguments.scene.name, "results": results}
 
 
 def describe(scene: Path, output: Path) -> dict[str, Any]:

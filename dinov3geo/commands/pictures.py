@@ -39,12 +39,16 @@ def features(
     context: typer.Context,
     scene: Scene,
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT.tif", help="GeoTIFF to write.", show_default=False)
+        Path,
+        typer.Option("-o", "--output", metavar="OUT", help=".tif, .zarr or .parquet", show_default=False),
     ],
     backbone: Backbone = None,
     pca: Annotated[
         int | None, typer.Option(metavar="K", min=1, help="Keep K principal components.", show_default=False)
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32 or int8 with a scale; in .zarr and .parquet also float16.")
+    ] = "float32",
     image_scale: Annotated[
         float, typer.Option(help="Enlarge the scene this many times before the backbone sees it.")
     ] = 1.0,
@@ -54,7 +58,7 @@ def features(
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the patch features of a scene as a GeoTIFF."""
+    """Write the patch features of a scene as a GeoTIFF, a Zarr store or a table."""
     from dinov3geo.predict.products import predict_features
 
     check_folder(output.parent)
@@ -65,6 +69,7 @@ def features(
             output,
             backbone=network,
             pca=pca,
+            dtype=dtype,
             image_scale=image_scale,
             tile=tile,
             overlap=overlap,

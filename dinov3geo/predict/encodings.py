@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from dinov3geo.errors import ConfigError
+from dinov3geo.features.store import INT8_NODATA, StoredType
 from dinov3geo.heads.base import OutputSpec
 from dinov3geo.predict.stream import Array, Floats, Mask
 from dinov3geo.rasters.geotiff import Layer
@@ -82,15 +83,11 @@ def height_encoding(
     return Encoding(layer, len(names), encode)
 
 
-def feature_encoding(names: tuple[str, ...], *, tags: Mapping[str, str]) -> Encoding:
-    """Features as float32, NaN where there is no data."""
-    layer = Layer(len(names), "float32", float("nan"), band_names=names, tags=tags)
-
-    def encode(values: Floats, valid: Mask) -> Array:
-        values[:, ~valid] = np.nan
-        return values
-
-    return Encoding(layer, len(names), encode)
+def feature_encoding(names: tuple[str, ...], stored: StoredType, *, tags: Mapping[str, str]) -> Encoding:
+    """Features as they are, NaN where there is no data, or as 8-bit numbers with a scale."""
+    nodata = float(INT8_NODATA) if stored.dtype == "int8" else float("nan")
+    layer = Layer(len(names), stored.dtype, nodata, band_names=names, scale=stored.scale, tags=tags)
+    return Encoding(layer, len(names), stored.encode)
 
 
 def class_encoding(class_names: tuple[str, ...], *, tags: Mapping[str, str]) -> Encoding:
@@ -141,21 +138,6 @@ def probability_encoding(class_names: tuple[str, ...], *, tags: Mapping[str, str
 
     layer = Layer(len(class_names), "uint8", NO_CLASS, band_names=class_names, units="%", tags=tags)
     return Encoding(layer, len(class_names), encode)
-
-
-def side_by_side(encodings: tuple[Encoding, ...], layer: Layer) -> Encoding:
-    """Several encodings of the same outputs as bands of one file.
-
-    Args:
-        encodings: of equal `inputs`.
-        layer: of the file; count and band names are filled in.
-    """
-
-    def encode(values: Floats, valid: Mask) -> Array:
-        return np.concatenate([e.encode(values, valid) for e in encodings])
-
-    names = tuple(name for e in encodings for name in e.layer.band_names)
-    return Encoding(replace(layer, count=len(names), band_names=names), encodings[0].inputs, encode)
 
 
 def class_colours(count: int) -> dict[int, tuple[int, int, int]]:

@@ -155,10 +155,10 @@ def write_maps(
             for path, encoding in outputs
         ]
         first_row = min(writer.next_row for writer in writers)
-        counter = _Counter(task, first_row, progress)
+        counter = Counter(task, first_row, progress)
         with closing(_rows(engine, task, first_row, counter)) as strips:
             for window, values, valid in strips:
-                _check_finite(values, valid, task.scene)
+                check_finite(values, valid, task.scene)
                 for writer, (_, encoding) in zip(writers, outputs, strict=True):
                     # Encoding may write into its argument, and another writer may be further than this one.
                     known = max(writer.next_row - int(window.row_off), 0)
@@ -173,7 +173,7 @@ def write_maps(
     return Outcome(writers[0].statistics, counter.done - counter.before)
 
 
-def _rows(engine: str, task: TileTask, first_row: int, counter: _Counter) -> Strips:
+def _rows(engine: str, task: TileTask, first_row: int, counter: Counter) -> Strips:
     """Rows from one on, computed here or on a cluster."""
     stop = task.shape_hw[0]
     if engine == "ray":
@@ -183,7 +183,8 @@ def _rows(engine: str, task: TileTask, first_row: int, counter: _Counter) -> Str
     return task.rows(first_row, stop, counter.counting(task.make_runner()))
 
 
-def _check_finite(values: Floats, valid: Mask, scene: Path) -> None:
+def check_finite(values: Floats, valid: Mask, scene: Path) -> None:
+    """Raises `DataError` if a model gave NaN or infinity where there is data."""
     if not np.isfinite(values[:, valid]).all():
         raise DataError(f"the model gave NaN or infinity on scene {scene}; its weights may be damaged")
 
@@ -205,10 +206,11 @@ def job_name(task: TileTask, encoding: Encoding, job: Mapping[str, object]) -> s
     return json.dumps(facts, sort_keys=True, default=str)
 
 
-class _Counter:
+class Counter:
     """Counts tiles and tells the progress."""
 
     def __init__(self, task: TileTask, first_row: int, progress: Progress | None) -> None:
+        """Begins with the tiles above a row as done."""
         self.before = self.done = task.tiles_above(first_row)
         self._total = len(task.plan)
         self._progress = progress

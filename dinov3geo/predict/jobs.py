@@ -11,12 +11,11 @@ from torch import nn
 from dinov3geo import __version__
 from dinov3geo.errors import ConfigError
 from dinov3geo.features.extract import weights_digest
-from dinov3geo.features.visualize import PcaBasis, fit_pca
 from dinov3geo.heads.base import HeightModel
 from dinov3geo.predict.checks import ModelInput, check_numbers, gsd_warnings
 from dinov3geo.predict.engines import CACHE_BYTES, TileTask
 from dinov3geo.predict.runners import sample_features
-from dinov3geo.predict.stream import RunTiles
+from dinov3geo.predict.stream import Floats, RunTiles
 from dinov3geo.rasters.bands import choose_bands
 from dinov3geo.rasters.geotiff import block_cache
 from dinov3geo.rasters.grid import PixelGrid, TilePlan
@@ -54,15 +53,10 @@ class SceneJob:
         """What to compute with a model that gives so many values per cell."""
         return TileTask(self.scene, self.bands, self.plan, self.stride, self.batch_size, outputs, make_runner)
 
-    def fit_pca(self, features: RunTiles, components: int) -> PcaBasis:
-        """Principal components of features from all over the scene.
-
-        Raises:
-            DataError: no valid pixel, or more components than the features allow.
-        """
+    def sample(self, features: RunTiles) -> Floats:
+        """Features [N, D] of patches drawn from all over the scene; raises `DataError` if it is empty."""
         with block_cache(CACHE_BYTES), SceneReader(self.scene, bands=self.bands) as reader:
-            sample = sample_features(reader, self.plan, features, stride=self.stride)
-        return fit_pca(sample, components=components)
+            return sample_features(reader, self.plan, features, stride=self.stride)
 
 
 def prepare(

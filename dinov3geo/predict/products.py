@@ -8,10 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.errors import ConfigError
 from dinov3geo.features.extract import pixels_per_patch, weights_digest
-from dinov3geo.features.visualize import PcaBasis
+from dinov3geo.features.store import STORED, StoredType
+from dinov3geo.features.visualize import PcaBasis, fit_pca
 from dinov3geo.heads.base import HeightModel
 from dinov3geo.paths import check_target
 from dinov3geo.predict.checks import ModelInput, check_picture
@@ -20,6 +23,7 @@ from dinov3geo.predict.engines import Progress, check_engine, write_map
 from dinov3geo.predict.jobs import canopy_input, file_tags, model_facts, prepare
 from dinov3geo.predict.preview import write_preview
 from dinov3geo.predict.runners import canopy_runner, feature_runner, pca_runner
+from dinov3geo.predict.stores import WRITERS, write_store
 from dinov3geo.predict.stream import RunTiles
 
 MAX_BANDS = 512
@@ -60,7 +64,7 @@ class FeatureReport:
     """What a feature extraction did.
 
     Attributes:
-        output: the GeoTIFF.
+        output: the file or store.
         seconds: wall time.
         tiles: tiles run for the output; a PCA is fitted on up to 32 tiles before.
         grid_hw: rows and columns of the output.
@@ -177,6 +181,7 @@ def predict_features(
     *,
     backbone: Backbone,
     pca: int | None = None,
+    dtype: str = "float32",
     image_scale: float = 1.0,
     tile: int = 512,
     overlap: int = 128,
@@ -185,16 +190,18 @@ def predict_features(
     progress: Progress | None = None,
     command: str = "",
 ) -> FeatureReport:
-    """Writes the stitched patch features of a scene as a GeoTIFF with one pixel per patch.
+    """Writes the stitched patch features of a scene, one cell per patch.
 
-    Features are those of the last block, float32, NaN where a patch holds no valid pixel.
+    Features are those of the last block; where a patch holds no valid pixel there is no data.
 
     Args:
         scene: raster file.
-        output: GeoTIFF to write; its pixels are `patch size / image_scale` scene pixels wide.
+        output: GeoTIFF, Zarr store (`.zarr`) or GeoParquet table (`.parquet`) to write; its cells are
+            `patch size / image_scale` scene pixels wide.
         backbone: with a card, on the device to compute on.
         pca: keep this many principal components, fitted on patches from all over the scene; None for all
             dimensions.
+        dtype: "float32"; "int8" with a scale; in stores also "float16".
         image_scale: the scene is made this many times larger before the backbone sees it.
         tile: side of a tile in pixels, rounded down to whole patches.
         overlap: pixels that neighbouring tiles share, rounded down to whole patches.
@@ -205,50 +212,71 @@ def predict_features(
 
     Raises:
         RasterError, GeoreferenceError, DataError: as `predict_canopy`.
-        ConfigError: likewise, or more than 512 bands.
+        ConfigError: likewise, more than 512 bands, a type that the file cannot hold, or a store whose package
+            is not installed.
     """
     began = time.perf_counter()
     scene, output = Path(scene), Path(output)
     wanted = ModelInput.of_backbone(backbone)
     stride = pixels_per_patch(backbone.patch_size, image_scale)
-    dimensions = backbone.embed_dim if pca is None else pca
-    if dimensions > MAX_BANDS:
-        raise ConfigError(
-            f"{dimensions} bands are too many for a GeoTIFF, expected at most {MAX_BANDS}; keep the first K "
-            "principal components (--pca K)"
-        )
-    check_target(output, sources=(scene,), overwrite=overwrite)
+    is_store = output.suffix.lower() in WRITERS
+    _check_features(output, backbone.embed_dim if pca is None else pca, dtype, is_store=is_store)
+    if output.suffix.lower() != ".zarr":
+        check_target(output, sources=(scene,), overwrite=overwrite)
     job = prepare(scene, wanted, tile, overlap, batch_size, stride=stride)
     make_features = functools.partial(feature_runner, backbone, image_scale=image_scale)
     names = tuple(f"feature {number}" for number in range(backbone.embed_dim))
     make_runner: Callable[[], RunTiles] = make_features
     explained: tuple[float, ...] = ()
+    sample = (
+        job.sample(make_features()) if pca is not None or dtype == "int8" else np.zeros((1, 1), np.float32)
+    )
     if pca is not None:
-        basis = job.fit_pca(make_features(), pca)
+        basis = fit_pca(sample, components=pca)
+        sample = basis.project(sample)
         make_runner = functools.partial(_pca_of, make_features, basis)
         names = tuple(f"principal component {number}" for number in range(1, pca + 1))
         explained = tuple(float(share) for share in basis.explained)
-    encoding = feature_encoding(names, tags=file_tags(wanted.name, command))
-    facts = {"weights": weights_digest(backbone), "pca": pca, "image_scale": image_scale}
-    outcome = write_map(
-        output,
-        job.task(make_runner, encoding.inputs),
-        job.cells,
-        encoding,
-        job=facts,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    stored, tags = StoredType.fitted(dtype, sample), file_tags(wanted.name, command)
+    task = job.task(make_runner, len(names))
+    if is_store:
+        tiles, patches = write_store(
+            output, task, job.cells, names, stored, attributes=tags, overwrite=overwrite, progress=progress
+        )
+    else:
+        facts = {"weights": weights_digest(backbone), "pca": pca, "image_scale": image_scale}
+        encoding = feature_encoding(names, stored, tags=tags)
+        outcome = write_map(
+            output, task, job.cells, encoding, job=facts, overwrite=overwrite, progress=progress
+        )
+        tiles, patches = outcome.tiles, outcome.statistics.count[0]
     return FeatureReport(
         output=output,
         seconds=time.perf_counter() - began,
-        tiles=outcome.tiles,
+        tiles=tiles,
         grid_hw=job.cells.shape_hw,
         dimensions=len(names),
-        valid_share=outcome.statistics.count[0] / outcome.statistics.pixels,
+        valid_share=patches / (job.cells.height * job.cells.width),
         explained=explained,
         warnings=job.warnings,
     )
+
+
+def _check_features(output: Path, dimensions: int, dtype: str, *, is_store: bool) -> None:
+    """Raises `ConfigError` for features that the output cannot hold."""
+    if dtype not in STORED:
+        raise ConfigError(f"unknown type of features {dtype!r}; valid names: {', '.join(STORED)}")
+    if is_store:
+        return
+    if dtype == "float16":
+        raise ConfigError(
+            f"{output}: GeoTIFFs hold float32 or int8 features; float16 goes into .zarr or .parquet"
+        )
+    if dimensions > MAX_BANDS:
+        raise ConfigError(
+            f"{dimensions} bands are too many for a GeoTIFF, expected at most {MAX_BANDS}; keep the first K "
+            "principal components (--pca K), or write a .zarr"
+        )
 
 
 def _pca_of(make_features: Callable[[], RunTiles], basis: PcaBasis) -> RunTiles:
