@@ -1,11 +1,14 @@
 """Speed of backbones beside timm and transformers, with the same weights and images.
 
 Each cell (model, size, dtype) builds one random network, hands its weights to the peers, checks that all give
-the same numbers, and then runs them in turns, so that whatever else the machine does falls on all alike. The
-share of the matmul rate is that of the machine's own large matrix products in the same dtype.
+the same numbers, and then runs them in turns, so that whatever else the machine does falls on all alike. Ours
+is what prediction runs (`inference.for_inference`), the peers are in evaluation mode under inference_mode;
+with --compile all three go through torch.compile. The share of the matmul rate is that of the machine's own
+large matrix products in the same dtype.
 
     python benchmarks/backbone_speed.py --out results/backbone_speed.json
     python benchmarks/backbone_speed.py --quick
+    python benchmarks/backbone_speed.py --merge results/*.json      # one table of several runs
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.convert import from_ours
 from dinov3geo.backbones.convnext import ConvNextConfig
+from dinov3geo.backbones.inference import for_inference
 from dinov3geo.backbones.rewrite import TIMM_NAMES, hf_config
 from dinov3geo.backbones.variants import VARIANTS, build_network
 from dinov3geo.backbones.vit import VitConfig
@@ -122,17 +126,15 @@ def randomise(module: nn.Module) -> None:
 
 
 def build(library: str, backbone: Backbone, model: str, size: int) -> tuple[nn.Module, Run]:
-    """A library's network with the weights of ours, and the function from images to patch features.
+    """A peer's network with the weights of ours, and the function from images to patch features.
 
     Args:
-        library: one of `LIBRARIES`.
+        library: `"timm"` or `"transformers"`.
         backbone: ours, float32 on the CPU.
         model: name of its variant.
         size: side of the images.
     """
     config = VARIANTS[model]
-    if library == "ours":
-        return backbone, lambda images: backbone(images).patches
     tensors = from_ours(backbone.state_dict(), config, "hf" if library == "transformers" else "timm")
     prefix = 1 + config.num_registers if isinstance(config, VitConfig) else 1
     if library == "transformers":
@@ -177,33 +179,45 @@ def _time(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def count_flops(model: str, size: int) -> int:
+    """Floating-point operations for one image, counted without computing."""
+    with torch.device("meta"):
+        network, image = build_network(VARIANTS[model]).eval(), torch.empty(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter:
+        network(image)
+    return int(counter.get_total_flops())
+
+
 def measure(model: str, size: int, dtype_name: str, arguments: argparse.Namespace, rate: float) -> list[Cell]:
     """All libraries in one cell, in turns."""
     device, dtype = torch.device(arguments.device), getattr(torch, dtype_name)
     torch.manual_seed(0)
-    backbone = build_network(VARIANTS[model])
+    backbone = build_network(VARIANTS[model]).eval()
     randomise(backbone)
     batch = max(1, arguments.tokens * PATCH**2 // size**2)
     images = torch.randn(batch, 3, size, size).to(device, dtype)
     runs: dict[str, Run] = {}
-    for library in arguments.libraries:
+    for library in [name for name in LIBRARIES if name != "ours" and name in arguments.libraries]:
         network, run = build(library, backbone, model, size)
         network.to(device, dtype).eval()
         if arguments.compile:
             network.compile()
         runs[library] = run
-    with FlopCounterMode(display=False) as counter:
-        reference = backbone.to(device, dtype).eval()(images).patches.float()
+    view = for_inference(backbone.to(device), dtype=dtype, compiled=arguments.compile)
+    if "ours" in arguments.libraries:
+        runs = {"ours": lambda images: view(images).patches, **runs}
+    del backbone
+    reference = view(images[:1]).patches.float()
     results: dict[str, dict[str, Any]] = {}
     for library, run in runs.items():
         memory = Memory(device)
-        found = run(images).float()
+        found = run(images)[:1].float()
         results[library] = {
             "peak_mib": memory.peak_mib(),
             "difference": float((found - reference).norm() / reference.norm()),
         }
-    times = _take_turns(runs, images, device, arguments.repeats)
-    flops = counter.get_total_flops()
+    times = _take_turns(runs, images, device, arguments)
+    flops = batch * count_flops(model, size)
     for library, seconds in times.items():
         middle = statistics.median(seconds)
         results[library] |= {
@@ -215,16 +229,18 @@ def measure(model: str, size: int, dtype_name: str, arguments: argparse.Namespac
 
 
 def _take_turns(
-    runs: dict[str, Run], images: Tensor, device: torch.device, repeats: int
+    runs: dict[str, Run], images: Tensor, device: torch.device, arguments: argparse.Namespace
 ) -> dict[str, list[float]]:
+    """Seconds of every run; all have run once before."""
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(repeats + 1):
+    began = time.perf_counter()
+    for turn in range(arguments.repeats):
+        if turn >= 2 and time.perf_counter() - began > arguments.seconds:
+            break
         # Who begins changes, so that nobody always runs on warm or on throttled hardware.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds = _time(lambda run=runs[name]: run(images), device)  # type: ignore[misc]
-            if turn:  # the first turn warms up
-                times[name].append(seconds)
+            times[name].append(_time(lambda run=runs[name]: run(images), device))  # type: ignore[misc]
     return times
 
 
@@ -269,7 +285,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=int, help="patches per batch", default=65536 if device == "cuda" else 4096
     )
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=10, help="runs per cell and library, at most")
+    parser.add_argument("--seconds", type=float, default=60, help="no new repeat of a cell after so long")
+    parser.add_argument("--merge", nargs="+", type=Path, help="only print the table of these results")
     parser.add_argument("--compile", action="store_true", help="torch.compile every library")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     parser.add_argument("--quick", action="store_true", help="one small cell per dtype, two repeats")
@@ -288,6 +306,10 @@ def main(words: Sequence[str] | None = None) -> int:
         0, or 1 if a peer gives other numbers than ours.
     """
     arguments = parse(words)
+    if arguments.merge:
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.merge]
+        summarise([Cell(**cell) for result in results for cell in result["cells"]])
+        return 0
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     cells: list[Cell] = []
@@ -298,11 +320,7 @@ def main(words: Sequence[str] | None = None) -> int:
             for size in arguments.sizes:
                 cells += measure(model, size, dtype, arguments, rate)
                 print(f"{model} {size} {dtype} done", file=sys.stderr, flush=True)
-    print(table(cells))
-    against = ratios(cells)
-    if against:
-        mean = math.exp(statistics.fmean(map(math.log, against)))
-        print(f"\nours / fastest peer: {mean:.2f} in the geometric mean, {min(against):.2f} at least")
+    summarise(cells)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(_report(cells, arguments), indent=2) + "\n", encoding="utf-8")
@@ -310,6 +328,15 @@ def main(words: Sequence[str] | None = None) -> int:
     for c in wrong:
         print(f"{c.library} differs by {c.difference:.2g} in {c.model} {c.size} {c.dtype}", file=sys.stderr)
     return int(bool(wrong))
+
+
+def summarise(cells: Sequence[Cell]) -> None:
+    """The table and our speed over that of the fastest peer, on stdout."""
+    print(table(cells))
+    against = ratios(cells)
+    if against:
+        mean = math.exp(statistics.fmean(map(math.log, against)))
+        print(f"\nours / fastest peer: {mean:.2f} in the geometric mean, {min(against):.2f} at least")
 
 
 def _report(cells: Sequence[Cell], arguments: argparse.Namespace) -> dict[str, Any]:

@@ -22,6 +22,12 @@ def folder_obstacle(folder: Path) -> str | None:
         return os.strerror(error.errno or 0)
 
 
+def user_cache_folder() -> Path:
+    """`dinov3geo` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`)."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "dinov3geo"
+
+
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Refuses to take the place of a folder, or of a file unless that is wanted.
 

@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3geo.backbones.attention import attend
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.features import Features
 from dinov3geo.backbones.rope import RotaryEmbedding, rotate
-
-# Attention scores that may be held at once where the fused kernel is slow: 64 MiB of bfloat16.
-_MAX_SCORES = 2**25
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,31 +77,20 @@ class Attention(nn.Module):
         self.value_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.proj = nn.Linear(dim, dim)
 
+    def qkv_bias(self) -> Tensor | None:
+        """Biases of query, key (zero) and value, [3 * D], or None."""
+        if self.query_bias is None or self.value_bias is None:
+            return None
+        return torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attends; cos and sin are [T, head_dim] from `RotaryEmbedding.tables`."""
-        bias = None
-        if self.query_bias is not None and self.value_bias is not None:
-            bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        qkv = F.linear(x, self.qkv.weight, self.qkv_bias()).unflatten(-1, (3, self.num_heads, -1))
         qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, H, T, dh]
         query, key = rotate(qkv[:2], cos.to(qkv.dtype), sin.to(qkv.dtype)).unbind(0)
-        mixed = _attend(query, key, qkv[2])
+        mixed = attend(query, key, qkv[2])
         output: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return output
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention, [B, H, T, dh] each."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
-        batch, heads, length, _ = query.shape
-        # Measured with torch 2.14: the fused CPU kernel's bfloat16 backward takes 4 to 9 times as long
-        # as these three operations (B 128, T 54; B 384, T 14), forward included. Without gradients they
-        # are 1.2 to 2.4 times as fast while the scores fit (T 201, T 1029), and no faster at T 4101.
-        if query.requires_grad or batch * heads * length**2 <= _MAX_SCORES:
-            scores = (query * query.shape[-1] ** -0.5) @ key.mT
-            mixed: Tensor = scores.softmax(-1) @ value
-            return mixed
-    return F.scaled_dot_product_attention(query, key, value)
 
 
 class Mlp(nn.Module):

@@ -21,7 +21,7 @@ Seed = Annotated[int | None, typer.Option(min=0, help="Of everything random.", s
 Tile = Annotated[int, typer.Option(min=1, help="Side of the square read at a time, pixels.")]
 Overlap = Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share and blend.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Tiles per forward pass.")]
-Precision = Annotated[str, typer.Option(help="auto (bfloat16 on devices made for it), float32 or bfloat16.")]
+Precision = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU that gains), float32 or bfloat16.")]
 Engine = Annotated[
     str, typer.Option(help="local, or ray: the workers of a Ray cluster (RAY_ADDRESS, else this machine).")
 ]

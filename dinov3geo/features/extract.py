@@ -19,6 +19,7 @@ from torch import Tensor
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import Normalization
 from dinov3geo.errors import ConfigError, DataError
+from dinov3geo.paths import user_cache_folder
 
 NUM_VIEWS = 8
 
@@ -264,5 +265,4 @@ class FeatureCache:
 
 def default_cache_folder() -> Path:
     """`dinov3geo/features` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`)."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "dinov3geo" / "features"
+    return user_cache_folder() / "features"

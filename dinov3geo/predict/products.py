@@ -118,7 +118,7 @@ def predict_canopy(
         integer: "dm" for decimetres as uint16 or "m" for metres as uint8 (nodata is their largest number).
         uncertainty: write a second band, the standard deviation over four flips and turns [m]; takes four
             times as long.
-        precision: "auto" (bfloat16 on devices made for it), "float32" or "bfloat16".
+        precision: "auto" (bfloat16 on a GPU that gains from it), "float32" or "bfloat16".
         engine: "local", or "ray" for the workers of a Ray cluster.
         overwrite: whether an existing output or preview may be replaced.
         preview: PNG to write beside it, or None.

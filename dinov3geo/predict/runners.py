@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 from dinov3geo.backbones.base import Backbone
-from dinov3geo.errors import ConfigError, DataError
+from dinov3geo.backbones.inference import for_inference
+from dinov3geo.backbones.precision import choose_dtype
+from dinov3geo.errors import DataError
 from dinov3geo.features.extract import apply_view, extract_feature_maps, undo_view
 from dinov3geo.features.visualize import PcaBasis
 from dinov3geo.heads.base import HeightModel, OutputSpec
@@ -32,9 +35,6 @@ class ClassModel(Protocol):
         """Images [B, C, H, W] as the file holds them to probabilities [B, K, H, W] that sum to 1."""
 
 
-PRECISIONS = ("auto", "float32", "bfloat16")
-"""Of a model's numbers; auto is bfloat16 where the device computes it in hardware, else float32."""
-
 SPREAD_VIEWS = (0, 1, 2, 3)
 """Flips and the half turn: they keep the shape of a tile."""
 
@@ -45,7 +45,7 @@ def canopy_runner(model: HeightModel, *, spread: bool = False, precision: str = 
     Args:
         model: backbone and head.
         spread: also give the standard deviation over `SPREAD_VIEWS`, whose mean is then the height.
-        precision: a name in `PRECISIONS`.
+        precision: a name in `precision.PRECISIONS`.
 
     Returns:
         A function to [B, 1, h, w], or [B, 2, h, w] with the spread.
@@ -54,35 +54,38 @@ def canopy_runner(model: HeightModel, *, spread: bool = False, precision: str = 
         ConfigError: no such precision.
     """
     device = _device(model.backbone)
-    dtype = _precision(precision, device)
+    dtype = choose_dtype(precision, device)
+    prepared = copy.copy(model)
+    prepared.backbone = _prepare(model.backbone, dtype)
 
     def run(images: Array, valid: Mask) -> Floats:
         numbers, known = _tensor(images, device), torch.from_numpy(valid).to(device)
         with torch.inference_mode(), _cast(device, dtype):
             if not spread:
-                heights = model.predict(numbers, known).float()
+                heights = prepared.predict(numbers, known).float()
             else:
                 views = [
-                    undo_view(model.predict(apply_view(numbers, v), apply_view(known, v)).float(), v)
+                    undo_view(prepared.predict(apply_view(numbers, v), apply_view(known, v)).float(), v)
                     for v in SPREAD_VIEWS
                 ]
                 deviation, mean = torch.std_mean(torch.stack(views), dim=0)
                 heights = torch.cat([mean, deviation], dim=1)
         return np.asarray(heights.cpu().numpy(), dtype=np.float32)
 
-    return run
+    return InParts(run)
 
 
 def feature_runner(backbone: Backbone, *, image_scale: float = 1.0, precision: str = "auto") -> RunTiles:
     """Normed patch features [B, D, h / s, w / s] of the last block, s = patch size / image scale."""
     device = _device(backbone)
-    dtype = _precision(precision, device)
+    dtype = choose_dtype(precision, device)
+    prepared = _prepare(backbone, dtype)
     last = (backbone.num_blocks - 1,)
 
     def run(images: Array, valid: Mask) -> Floats:
         with torch.inference_mode(), _cast(device, dtype):
             (features,) = extract_feature_maps(
-                backbone,
+                prepared,
                 _tensor(images, device),
                 torch.from_numpy(valid).to(device),
                 blocks=last,
@@ -90,21 +93,59 @@ def feature_runner(backbone: Backbone, *, image_scale: float = 1.0, precision: s
             )
         return np.asarray(features.float().cpu().numpy(), dtype=np.float32)
 
-    return run
+    return InParts(run)
 
 
 def class_runner(model: ClassModel, *, precision: str = "auto") -> RunTiles:
     """Class probabilities [B, K, h, w] of images [B, C, h, w], on the model's device."""
     device = _device(model.backbone)
-    dtype = _precision(precision, device)
+    dtype = choose_dtype(precision, device)
+    prepared = copy.copy(model)
+    prepared.backbone = _prepare(model.backbone, dtype)
 
     def run(images: Array, valid: Mask) -> Floats:
         numbers, known = _tensor(images, device), torch.from_numpy(valid).to(device)
         with torch.inference_mode(), _cast(device, dtype):
-            shares = model.predict(numbers, known)
+            shares = prepared.predict(numbers, known)
         return np.asarray(shares.float().cpu().numpy(), dtype=np.float32)
 
-    return run
+    return InParts(run)
+
+
+class InParts:
+    """Runs a batch in as many parts as memory asks for.
+
+    Attributes:
+        size: tiles that fit at once, or None as long as every batch did.
+    """
+
+    def __init__(self, run: RunTiles) -> None:
+        """Wraps a function from tiles to arrays."""
+        self._run = run
+        self.size: int | None = None
+
+    def __call__(self, images: Array, valid: Mask) -> Floats:
+        """See `RunTiles`; halves the parts each time that the device is out of memory."""
+        while True:
+            size = min(self.size or len(images), len(images))
+            starts = range(0, len(images), size)
+            try:
+                parts = [self._run(images[k : k + size], valid[k : k + size]) for k in starts]
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise DataError(
+                        "one tile alone does not fit into the device's memory; take a smaller --tile"
+                    ) from error
+                self.size = size // 2
+            else:
+                return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            # Outside the handler, whose traceback would keep the failed run's tensors alive.
+            torch.cuda.empty_cache()
+
+
+def _prepare(backbone: Backbone, dtype: torch.dtype) -> Backbone:
+    """The backbone as it computes fastest: packed on the CPU, elsewhere as it is, under autocast."""
+    return for_inference(backbone, dtype=dtype) if _device(backbone).type == "cpu" else backbone
 
 
 def pca_runner(features: RunTiles, basis: PcaBasis) -> RunTiles:
@@ -158,15 +199,6 @@ def sample_features(
     if not chosen:
         raise DataError("the scene holds no valid pixel: all of it is nodata")
     return np.concatenate(chosen)
-
-
-def _precision(name: str, device: torch.device) -> torch.dtype:
-    if name not in PRECISIONS:
-        raise ConfigError(f"unknown precision {name!r}; valid names: {', '.join(PRECISIONS)}")
-    if name == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 @contextmanager

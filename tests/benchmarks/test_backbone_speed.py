@@ -22,6 +22,17 @@ def test_a_small_cell(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "geometric mean" in capsys.readouterr().out
 
 
+def test_results_of_several_runs_become_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for size in ("32", "48"):
+        files.append(tmp_path / f"{size}.json")
+        words = ["--models", "vit_tiny", "--sizes", size, "--tokens", "4", "--repeats", "1"]
+        assert main([*words, "--device", "cpu", "--dtypes", "float32", "--out", str(files[-1])]) == 0
+    capsys.readouterr()
+    assert main(["--merge", *map(str, files)]) == 0
+    assert capsys.readouterr().out.count("| vit_tiny |") == 2 * len(LIBRARIES)
+
+
 def test_we_are_compared_with_the_fastest_peer() -> None:
     cells = [
         Cell("m", 64, "float32", library, 1, speed, 0, 0, 0, 0)
