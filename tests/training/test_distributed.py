@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dinov3geo.backbones.store import read_tensors
 from dinov3geo.errors import ConfigError
-from dinov3geo.training.checkpoint import list_checkpoints, read_networks
+from dinov3geo.training.checkpoint import list_checkpoints, read_networks, read_state
 from dinov3geo.training.distributed import World
 from dinov3geo.training.settings import TrainSettings
 from dinov3geo.training.trainer import pretrain
@@ -137,3 +140,74 @@ def test_all_images_of_a_step_are_those_of_one_process(settings: TrainSettings) 
         assert torch.equal(own.gram_crops, together.gram_crops[:, rank::2])
         masks = together.patch_masks.unflatten(0, (2, 8))[:, rank::2].flatten(0, 1)
         assert torch.equal(own.patch_masks, masks)
+
+
+def steps_logged(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return file.read_text().count("\n") if file.is_file() else 0
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_two_processes_end_in_the_bits_of_the_unbroken_run(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    stage = {
+        "steps": 60,
+        "model": {"variant": "vit_tiny", "layer_scale": 0.1, "drop_path": 0.2},
+        "parallel": {"layout": "replicate"},
+        "checkpoints": {"every": 1, "keep_last": 2, "keep_every": 25},
+    }
+    first = TrainSettings.model_validate(settings.model_dump() | stage | {"steps": 2})
+    pretrain(first, out=tmp_path / "first")
+    everything = TrainSettings.model_validate(
+        settings.model_dump()
+        | stage
+        | {
+            "start_from": tmp_path / "first",
+            "gram": {
+                "anchor": tmp_path / "first",
+                "refresh_every": 7,
+                "first_refresh": 10,
+                "max_refreshes": 4,
+            },
+            "resolutions": [
+                {"global_size": 48, "local_size": 32, "gram_size": 64, "probability": 0.6},
+                {"global_size": 64, "local_size": 16, "gram_size": 96, "probability": 0.4},
+            ],
+            "accumulate": 2,
+            "batch_size": 8,
+        }
+    )
+    file, whole, broken = tmp_path / "settings.json", tmp_path / "whole", tmp_path / "broken"
+    file.write_text(everything.model_dump_json())
+    finish(start("pretrain", str(file), str(whole)))
+    moments = torch.rand(20, generator=torch.Generator().manual_seed(0)).tolist()
+    kills = 0
+    for moment in moments:
+        before = steps_logged(broken)
+        processes = start("pretrain", str(file), str(broken))
+        while steps_logged(broken) == before and processes[0].poll() is None:
+            time.sleep(0.005)
+        time.sleep(moment * 1.5)
+        for process in processes:
+            process.kill()
+        codes = [(process.communicate(), process.returncode)[1] for process in processes]
+        kills += codes[0] == -signal.SIGKILL
+    finish(start("pretrain", str(file), str(broken)))
+    assert kills >= 15  # the last ones may find the run at its end
+    ends = [
+        read_tensors(list_checkpoints(run)[-1] / f"{part}.safetensors")
+        for run in (whole, broken)
+        for part in ("model", "optimizer")
+    ]
+    for one, other in zip(ends[:2], ends[2:], strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, broken)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 60
+    states = [read_state(list_checkpoints(run)[-1]) for run in (whole, broken)]
+    assert states[0] == states[1] and states[0]["num_refreshes"] == 4
+    assert [path.name[-2:] for path in list_checkpoints(broken)] == ["25", "50", "59", "60"]
