@@ -42,7 +42,7 @@ def test_labelled_images_are_split_within_classes(tmp_path):
     backbone = build_vit("vit_tiny", layer_scale=1.0).eval()
     tokens = class_tokens(backbone, data.images, RGB)
     assert tokens.shape == (16, 192) and torch.isfinite(tokens).all()
-    with pytest.raises(DataError, match="one class only"):
+    with pytest.raises(DataError, match="expected one sub-folder"):
         load_labelled(tmp_path / "dark", size=16, per_class=8)
 
 
