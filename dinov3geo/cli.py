@@ -19,6 +19,7 @@ from dinov3geo.commands.maps import polygons, zonal
 from dinov3geo.commands.models import models
 from dinov3geo.commands.pictures import features, show
 from dinov3geo.commands.pretrain import pretrain
+from dinov3geo.commands.stats import stats
 from dinov3geo.errors import UserError
 
 USER_ERROR, INTERNAL_ERROR = 2, 1
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(models)
 app.command()(pretrain)
+app.command()(stats)
 app.command()(convert)
 app.command()(export)
 app.add_typer(canopy, name="canopy")

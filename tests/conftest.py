@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import rasterio
@@ -14,6 +15,10 @@ from affine import Affine
 # Idle threads of torch and scikit-learn sleep instead of spinning: on a machine that is busy with other
 # work, small problems are otherwise ten times slower. It must be set before either is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 

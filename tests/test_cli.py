@@ -53,6 +53,7 @@ def test_verbs():
         "demo",
         "models",
         "pretrain",
+        "stats",
         "convert",
         "export",
         "zonal",

@@ -4,39 +4,46 @@ from __future__ import annotations
 
 import functools
 import itertools
+import multiprocessing
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import geopandas as gpd
 import numpy as np
 import pandas as pd
-import pyproj
 import shapely
+from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
+from rasterio.env import get_gdal_config, set_gdal_config
 
 from dinov3geo.errors import DataError
+from dinov3geo.rasters.crs import to_pyproj, to_rasterio
 from dinov3geo.rasters.grid import PixelGrid
 from dinov3geo.rasters.reader import SceneInfo, SceneReader
 
 # Cylindrical equal-area: one metric plane for scenes of several CRS, in which areas stay comparable.
 EQUAL_AREA = CRS.from_epsg(6933)
 RESOLUTION_TOLERANCE = 0.01
-# Opening costs a millisecond, an open file a descriptor (of 1024 that a process usually has).
+# Opening costs a millisecond, an open file a descriptor (of 1024 that a process usually has) and memory.
 MAX_OPEN_SCENES = 256
+MAX_OPEN_BYTES = 128 * 2**20
+# Decoded blocks are kept by `rasters.blocks`; in processes that only read, GDAL need not keep them again.
+_GDAL_CACHE_BYTES = 64 * 2**20
 # Along a meridian, for a nominal pixel size only.
 _METRES_PER_DEGREE = 111_320.0
 
 
 class ReaderPool:
-    """Open readers of the files used last; all pools of a process share one limit, `MAX_OPEN_SCENES`.
+    """Open readers of the files used last, within limits that all pools of a process share.
 
-    A forked or pickled copy starts empty: GDAL's handles cannot travel. Not for use by several threads.
+    The limits are `MAX_OPEN_SCENES` and `MAX_OPEN_BYTES`. A forked or pickled copy starts empty: GDAL's
+    handles cannot travel. Not for use by several threads.
     """
 
     _pools: ClassVar[weakref.WeakSet[ReaderPool]] = weakref.WeakSet()
@@ -47,26 +54,41 @@ class ReaderPool:
         self._open_reader = open_reader
         # With the time of their last use, the one used longest ago first.
         self._readers: OrderedDict[Path, tuple[int, SceneReader]] = OrderedDict()
-        self._process = os.getpid()
+        self._enter_process()
         self._pools.add(self)
 
     def get(self, path: Path) -> SceneReader:
         """The open reader of a file."""
         if self._process != os.getpid():
             self._readers = OrderedDict()
-            self._process = os.getpid()
+            self._enter_process()
         if path in self._readers:
             _, reader = self._readers.pop(path)
         else:
             reader = self._open_reader(path)
-            while sum(len(pool._readers) for pool in self._pools) >= MAX_OPEN_SCENES:
+            while self._too_many(reader.open_bytes):
                 self._close_oldest()
         self._readers[path] = next(self._clock), reader
         return reader
 
+    def _enter_process(self) -> None:
+        """Belongs to this process from now on."""
+        self._process = os.getpid()
+        if multiprocessing.parent_process() is not None:
+            set_gdal_config("GDAL_CACHEMAX", min(get_gdal_config("GDAL_CACHEMAX"), _GDAL_CACHE_BYTES))
+
+    def _too_many(self, more_bytes: int) -> bool:
+        """Whether one more reader of this size would pass a limit that closing others can keep."""
+        # Pools that a forked process has not used yet hold handles of its parent.
+        readers = [
+            r for pool in self._pools if pool._process == os.getpid() for _, r in pool._readers.values()
+        ]
+        used = sum(reader.open_bytes for reader in readers)
+        return bool(readers) and (len(readers) >= MAX_OPEN_SCENES or used + more_bytes > MAX_OPEN_BYTES)
+
     def _close_oldest(self) -> None:
         """Closes the reader that was used longest ago by any pool."""
-        used = [pool._readers for pool in self._pools if pool._readers]
+        used = [p._readers for p in self._pools if p._readers and p._process == os.getpid()]
         oldest = min(used, key=lambda readers: next(iter(readers.values()))[0])
         oldest.popitem(last=False)[1][1].close()
 
@@ -83,10 +105,17 @@ class SceneCatalog:
         crs: of the index.
         paths: the file of each row.
         bounds: (start, stop) of all rows together along x, y and time.
+        share_lattice: per row whether the file's rows run southwards in the CRS of the index, with pixels of
+            the first file's size: then its windows need no transformation.
     """
 
-    def __init__(self, index: gpd.GeoDataFrame) -> None:
-        """Copies geometry, time and paths out of the frame."""
+    def __init__(self, index: gpd.GeoDataFrame, infos: Mapping[Path, SceneInfo]) -> None:
+        """Copies geometry, time and paths out of the frame.
+
+        Args:
+            index: of a torchgeo data set.
+            infos: of the files in it.
+        """
         self.index = index
         self.crs = to_rasterio(index.crs)
         self.paths = [Path(path) for path in index["filepath"]]
@@ -96,6 +125,19 @@ class SceneCatalog:
         self._stop_ns: NDArray[np.int64] = index.index.right.as_unit("ns").asi8
         xmin, ymin, xmax, ymax = (float(value) for value in index.total_bounds)
         self.bounds = ((xmin, xmax), (ymin, ymax), (index.index.left.min(), index.index.right.max()))
+        grids = [infos[path].grid for path in self.paths]
+        self._corners = [(t.c, t.f, t.a, t.e) for t in (grid.transform for grid in grids)]
+        # Equality of reference systems is slow to tell, and there are few of them.
+        own = {identity: crs == self.crs for identity, crs in {id(g.crs): g.crs for g in grids}.items()}
+        _, _, width, height = self._corners[0]
+        size = width, abs(height)
+        self.share_lattice = [
+            own[id(grid.crs)] and e < 0 and same_resolution((a, -e), size)
+            for grid, (_, _, a, e) in zip(grids, self._corners, strict=True)
+        ]
+        # Chips that follow each other often lie in one scene: what is known of the last one spares a search.
+        self._lone: tuple[int, tuple[float, ...]] | None = None
+        self._lone_rows: dict[int, bool] = {}
 
     def find(self, bounds: tuple[float, float, float, float], start: Any, stop: Any) -> list[int]:  # noqa: ANN401
         """Rows whose area overlaps and whose time interval meets the query, in the order of the index.
@@ -106,14 +148,46 @@ class SceneCatalog:
             stop: last moment, or None.
         """
         xmin, ymin, xmax, ymax = bounds
+        if self._lone is not None:
+            row, (left, bottom, right, top) = self._lone
+            if left <= xmin and bottom <= ymin and xmax <= right and ymax <= top and start is stop is None:
+                return [row]
         inset_x, inset_y = 1e-6 * (xmax - xmin), 1e-6 * (ymax - ymin)
         box = shapely.box(xmin + inset_x, ymin + inset_y, xmax - inset_x, ymax - inset_y)
-        rows = np.sort(self._tree.query(box, predicate="intersects"))
+        rows = self._tree.query(box, predicate="intersects")
+        if len(rows) > 1:
+            rows.sort()
         if start is not None:
             rows = rows[self._stop_ns[rows] >= _nanoseconds(start)]
         if stop is not None:
             rows = rows[self._start_ns[rows] <= _nanoseconds(stop)]
-        return [int(row) for row in rows]
+        found = cast(list[int], rows.tolist())
+        if len(found) == 1 and self._is_lone(found[0]):
+            self._lone = found[0], tuple(self.geometries[found[0]].bounds)
+        return found
+
+    def _is_lone(self, row: int) -> bool:
+        """Whether a scene is a rectangle in the plane of the index that no other scene meets."""
+        if row not in self._lone_rows:
+            geometry = self.geometries[row]
+            rectangle = shapely.box(*geometry.bounds).equals(geometry)
+            self._lone_rows[row] = rectangle and len(self._tree.query(geometry, predicate="intersects")) == 1
+        return self._lone_rows[row]
+
+    def window(self, row: int, x: float, y: float) -> tuple[int, int, Affine]:
+        """First row and column of a file's window whose upper left corner is nearest to a point.
+
+        Args:
+            row: of the index, one with `share_lattice`.
+            x: of the point, in the CRS of the index.
+            y: of the point.
+
+        Returns:
+            Row and column in the file, and the window's transform.
+        """
+        left, top, a, e = self._corners[row]
+        col, line = round((x - left) / a), round((y - top) / e)
+        return line, col, Affine(a, 0.0, left + col * a, 0.0, e, top + line * e)
 
     def nearest(self, rows: Sequence[int], x: float, y: float) -> int:
         """Of these rows the first whose footprint is nearest to a point."""
@@ -136,10 +210,11 @@ def footprints(infos: Sequence[SceneInfo], crs: CRS) -> list[Any]:
     """The polygon of each scene in one CRS."""
     target = to_pyproj(crs)
     geometries: list[Any] = [None] * len(infos)
-    by_crs: dict[CRS, list[int]] = {}
+    by_crs: dict[int, list[int]] = {}
     for row, info in enumerate(infos):
-        by_crs.setdefault(info.grid.crs, []).append(row)
-    for own, rows in by_crs.items():
+        by_crs.setdefault(id(info.grid.crs), []).append(row)
+    for rows in by_crs.values():
+        own = infos[rows[0]].grid.crs
         boxes = gpd.GeoSeries([shapely.box(*infos[row].grid.bounds) for row in rows], crs=to_pyproj(own))
         if own != crs:
             # Straight edges bend under reprojection: follow them at eight points a side.
@@ -156,7 +231,8 @@ def common_resolution(infos: Sequence[SceneInfo], crs: CRS, allow_mixed: bool) -
     Raises:
         DataError: pixel sizes differ by more than 1 % and that is not allowed.
     """
-    sizes = [_size(info, crs) for info in infos]
+    same = {identity: own == crs for identity, own in {id(i.grid.crs): i.grid.crs for i in infos}.items()}
+    sizes = [info.grid.resolution_xy if same[id(info.grid.crs)] else _size(info, crs) for info in infos]
     if not allow_mixed:
         for info, size in zip(infos, sizes, strict=True):
             if not same_resolution(size, sizes[0]):
@@ -167,6 +243,13 @@ def common_resolution(infos: Sequence[SceneInfo], crs: CRS, allow_mixed: bool) -
                     "true of its entry in data.sources)"
                 )
     return sizes[0]
+
+
+def shared_crs(infos: Sequence[SceneInfo]) -> CRS:
+    """The CRS that all scenes have, or the equal-area plane."""
+    first = infos[0].grid.crs
+    others = {id(info.grid.crs): info.grid.crs for info in infos}.values()
+    return first if all(crs == first for crs in others) else EQUAL_AREA
 
 
 def same_lattice(own: PixelGrid, wanted: PixelGrid) -> bool:
@@ -180,7 +263,7 @@ def same_resolution(
     one: tuple[float, float], other: tuple[float, float], tolerance: float = RESOLUTION_TOLERANCE
 ) -> bool:
     """Whether pixel widths and heights agree to a relative tolerance."""
-    return all(abs(a / b - 1.0) <= tolerance for a, b in zip(one, other, strict=True))
+    return abs(one[0] / other[0] - 1.0) <= tolerance and abs(one[1] / other[1] - 1.0) <= tolerance
 
 
 def move_inside(start: float, size: int, length: int) -> float:
@@ -189,27 +272,9 @@ def move_inside(start: float, size: int, length: int) -> float:
     return min(max(start, low), high)
 
 
-@functools.lru_cache(maxsize=256)
-def transformer(source: CRS, target: CRS) -> pyproj.Transformer:
-    """From (x, y) in one CRS to (x, y) in another."""
-    return pyproj.Transformer.from_crs(to_pyproj(source), to_pyproj(target), always_xy=True)
-
-
-def to_pyproj(crs: CRS) -> pyproj.CRS:
-    """A rasterio CRS as torchgeo keeps it."""
-    return pyproj.CRS.from_wkt(crs.to_wkt(version="WKT2_2019"))
-
-
-def to_rasterio(crs: Any) -> CRS:  # noqa: ANN401
-    """Any description of a CRS as rasterio keeps it."""
-    return CRS.from_wkt(crs.to_wkt()) if isinstance(crs, pyproj.CRS) else CRS.from_user_input(crs)
-
-
 def _size(info: SceneInfo, crs: CRS) -> tuple[float, float]:
-    """Pixel width and height in units of `crs`."""
+    """Pixel width and height in units of `crs`, which is another than the scene's."""
     width, height = info.grid.resolution_xy
-    if info.grid.crs == crs:
-        return width, height
     unit_m = _METRES_PER_DEGREE if crs.is_geographic else crs.linear_units_factor[1]
     factor = info.grid.gsd_m / (width * height) ** 0.5 / unit_m
     return width * factor, height * factor
@@ -219,5 +284,12 @@ def _pretty(size: tuple[float, float]) -> str:
     return f"{size[0]:g} x {size[1]:g}"
 
 
+@functools.lru_cache(maxsize=1024)
+def seconds(moment: Any) -> float:  # noqa: ANN401
+    """A moment as seconds since 1970."""
+    return float(pd.Timestamp(moment).timestamp())
+
+
+@functools.lru_cache(maxsize=1024)
 def _nanoseconds(moment: Any) -> int:  # noqa: ANN401
     return int(pd.Timestamp(moment).as_unit("ns").value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import kornia.color
@@ -276,6 +277,13 @@ def _replace(images: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
     return images.index_copy(0, chosen.nonzero()[:, 0].to(images.device), values.to(images.dtype))
 
 
+def _dates(numbers: Tensor, valid: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Chips and masks of each date."""
+    if numbers.ndim == 4:
+        return [(numbers, valid)]
+    return list(zip(numbers.unbind(1), valid.unbind(1), strict=True))
+
+
 class CropMaker:
     """Turns chips into a `CropBatch`; the same seed gives the same crops."""
 
@@ -319,8 +327,9 @@ class CropMaker:
         """Makes the crops of one batch.
 
         Args:
-            numbers: [B, C, S, S] chips in the file's own dtype, on the device.
-            valid: [B, S, S] bool; pixels without data reach the result only as 0.
+            numbers: [B, C, S, S] chips in the file's own dtype, on the device; or [B, 2, C, S, S], the same
+                places on two dates.
+            valid: [B, S, S] (or [B, 2, S, S]) bool; pixels without data reach the result only as 0.
             seed: of this batch.
             share: the part of the step's chips that these are; all of them if None.
 
@@ -329,12 +338,13 @@ class CropMaker:
         """
         share = share or Share()
         generator = torch.Generator().manual_seed(seed)
-        chips = self._physical(numbers, valid)
-        layers = torch.cat([chips, valid[:, None].to(chips)], dim=1)
+        # Of two dates each global crop shows one, and the local crops show them in turn.
+        dates = [self._layers(*date) for date in _dates(numbers, valid)]
         views, valids, gram = [], [], []
         for view in range(2):
+            layers = dates[view % len(dates)]
             size = self.settings.global_size
-            drawn = self._geometry(len(chips) * share.world_size, self.settings.global_scale, generator)
+            drawn = self._geometry(len(layers) * share.world_size, self.settings.global_scale, generator)
             boxes, symmetries = (share.of(tensor) for tensor in drawn)
             density = density_of(drawn[0], layers.shape[-1], size)
             cropped, boxes = _cut_with_data(layers, boxes, symmetries, size, density)
@@ -346,11 +356,16 @@ class CropMaker:
         patch_valid, patch_masks = self._patches(torch.cat(valids), seed, share)
         return CropBatch(
             global_crops=torch.stack(views),
-            local_crops=self._locals(layers, generator, share),
+            local_crops=self._locals(dates, generator, share),
             gram_crops=torch.stack(gram) if gram else None,
             patch_masks=patch_masks,
             patch_valid=patch_valid,
         )
+
+    def _layers(self, numbers: Tensor, valid: Tensor) -> Tensor:
+        """[B, C + 1, S, S] physical numbers and, last, the valid share."""
+        chips = self._physical(numbers, valid)
+        return torch.cat([chips, valid[:, None].to(chips)], dim=1)
 
     def _physical(self, numbers: Tensor, valid: Tensor) -> Tensor:
         norm = self.normalization
@@ -405,17 +420,23 @@ class CropMaker:
             return self._finish(cropped, view, generator, share)
         return self._normalize(cropped[:, :-1], cropped[:, -1])
 
-    def _locals(self, layers: Tensor, generator: torch.Generator, share: Share) -> Tensor:
-        count, size = self.settings.local_count, self.settings.local_size
+    def _locals(self, dates: Sequence[Tensor], generator: torch.Generator, share: Share) -> Tensor:
+        count, size, layers = self.settings.local_count, self.settings.local_size, dates[0]
         if count == 0:
             return layers.new_zeros(0, len(layers), layers.shape[1] - 1, size, size)
         everyone = count * len(layers) * share.world_size
         boxes, symmetries = self._geometry(everyone, self.settings.local_scale, generator)
         crops = [
             _cut_with_data(
-                layers, share.of(box), share.of(symmetry), size, density_of(box, layers.shape[-1], size)
+                dates[number % len(dates)],
+                share.of(box),
+                share.of(symmetry),
+                size,
+                density_of(box, layers.shape[-1], size),
             )[0]
-            for box, symmetry in zip(boxes.chunk(count), symmetries.chunk(count), strict=True)
+            for number, (box, symmetry) in enumerate(
+                zip(boxes.chunk(count), symmetries.chunk(count), strict=True)
+            )
         ]
         finished = self._finish(torch.cat(crops), 2, generator, share, groups=count)
         grouped: Tensor = finished.unflatten(0, (count, len(layers)))

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dinov3geo.data.dates import Twice, TwoDates
 from dinov3geo.data.image_folder import ImageFolder
 from dinov3geo.data.ranges import Probability
-from dinov3geo.data.sampling import ChipSampler, IndexSampler
+from dinov3geo.data.sampling import ChipSampler, IndexSampler, SuperblockSampler
 from dinov3geo.data.scenes import SceneDataset
 from dinov3geo.errors import ConfigError, DataError, UserError
 from dinov3geo.rasters.sensors import Sensor, get_sensor
@@ -38,7 +39,26 @@ class SourceSettings(BaseModel):
     kind: Literal["scenes", "images"] = Field("scenes", description="GeoTIFFs, or JPEG and PNG files")
     sensor: str | None = Field(None, description="where the bands lie in these files; data.sensor if absent")
     weight: float = Field(1.0, gt=0, description="share of the chips, relative to the other sources")
+    time: tuple[str, str] | None = Field(
+        None, description="first and last date of interest; scenes without a date always count"
+    )
+    two_dates: bool = Field(
+        False, description="the two global crops show one place on two dates, where there are two"
+    )
     mixed_resolution: bool = Field(False, description="read files of different pixel size, each in its own")
+
+
+class SuperblockSettings(BaseModel):
+    """For scenes much larger than a chip: several chips are cut from what is decoded once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int = Field(1024, gt=0, description="side of a superblock, pixels")
+    chips_per_visit: int = Field(16, gt=0, description="more: less decoding, more chips of one neighbourhood")
+    shuffled_visits: int = Field(16, gt=0, description="visits whose chips are mixed in each lane")
+    lanes: int = Field(
+        4, gt=0, description="sequences dealt out batch by batch; a multiple of data.workers decodes least"
+    )
 
 
 class DataSettings(BaseModel):
@@ -53,6 +73,9 @@ class DataSettings(BaseModel):
     chip_size: int = Field(256, gt=0, description="side of the square read from a scene, in pixels")
     min_valid_share: Probability = Field(
         0.5, description="chips of scenes with less data are drawn again, up to three times"
+    )
+    superblocks: SuperblockSettings | None = Field(
+        None, description="draw chips in an order that decodes large scenes once; absent: anywhere at random"
     )
     workers: int = Field(1, ge=0, description="processes that read chips; 0 reads in the training process")
 
@@ -166,6 +189,7 @@ def open_sources(settings: DataSettings) -> list[SceneDataset | ImageFolder]:
                     sensor=sensor,
                     bands=network_bands(settings),
                     allow_mixed_resolution=source.mixed_resolution,
+                    time=source.time,
                 )
             )
     return datasets
@@ -199,7 +223,7 @@ def chip_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[dict[str, Tensor]]:
-    """Endless batches `{"image": [B, C, S, S], "valid": [B, S, S]}`.
+    """Endless batches `{"image": [B, C, S, S], "valid": [B, S, S]}`, or of two dates [B, 2, C, S, S].
 
     Args:
         datasets: from `open_sources`.
@@ -217,7 +241,7 @@ def chip_loader(
         datasets, settings, batch_size, seed=seed, start=start, rank=rank, world_size=world_size
     )
     loader: DataLoader[Any] = DataLoader(
-        MixedChips(datasets, min_valid_share=settings.min_valid_share),
+        MixedChips(_views(datasets, settings), min_valid_share=settings.min_valid_share),
         batch_size=batch_size,
         sampler=sampler,
         num_workers=settings.workers,
@@ -278,16 +302,42 @@ def _mixed_sampler(
     samplers: list[_Stream] = []
     for number, dataset in enumerate(datasets):
         own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        shard = {"seed": own_seed, "rank": rank, "world_size": world_size}
+        shard: dict[str, Any] = {"seed": own_seed, "rank": rank, "world_size": world_size}
         if isinstance(dataset, ImageFolder):
             samplers.append(IndexSampler(dataset, **shard))
         else:
-            samplers.append(
-                ChipSampler(dataset, chip_size=settings.chip_size, chips_per_epoch=_CHOICES_AT_ONCE, **shard)
-            )
+            samplers.append(_scene_sampler(dataset, settings, batch_size, shard))
     weights = [source.weight for source in settings.sources]
     keys = [1 if isinstance(dataset, ImageFolder) else _KEYS_PER_SCENE_CHIP for dataset in datasets]
     return MixedSampler(samplers, weights, keys_per_chip=keys, seed=seed, rank=rank, start=start)
+
+
+def _views(datasets: Sequence[SceneDataset | ImageFolder], settings: DataSettings) -> list[Any]:
+    """The data sets as they are read: with one view of a place, or with two if any source has two dates."""
+    if not any(source.two_dates for source in settings.sources):
+        return list(datasets)
+    return [
+        TwoDates(dataset) if source.two_dates and isinstance(dataset, SceneDataset) else Twice(dataset)
+        for dataset, source in zip(datasets, settings.sources, strict=True)
+    ]
+
+
+def _scene_sampler(
+    dataset: SceneDataset, settings: DataSettings, batch_size: int, shard: dict[str, Any]
+) -> ChipSampler:
+    chips: dict[str, Any] = {"chip_size": settings.chip_size, "chips_per_epoch": _CHOICES_AT_ONCE, **shard}
+    blocks = settings.superblocks
+    if blocks is None:
+        return ChipSampler(dataset, **chips)
+    return SuperblockSampler(
+        dataset,
+        superblock=blocks.size,
+        chips_per_visit=blocks.chips_per_visit * _KEYS_PER_SCENE_CHIP,
+        shuffled_visits=blocks.shuffled_visits,
+        lanes=blocks.lanes,
+        batch_size=batch_size * _KEYS_PER_SCENE_CHIP,
+        **chips,
+    )
 
 
 def _collate(samples: list[dict[str, Tensor] | UserError]) -> dict[str, Tensor] | UserError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence, Sized
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,11 @@ from torchgeo.datasets import GeoDataset
 from torchgeo.datasets.utils import GeoSlice
 from torchgeo.samplers import GeoSampler
 
-from dinov3geo.data.catalog import EQUAL_AREA, to_pyproj
+from dinov3geo.data.catalog import EQUAL_AREA
 from dinov3geo.errors import DataError
+from dinov3geo.rasters.crs import to_pyproj
+
+Weights = Literal["area", "file"] | Sequence[float] | NDArray[np.float64]
 
 # A footprint that fills its bounding box to within this fraction lies along the axes of the index.
 _RECTANGLE_TOLERANCE = 1e-6
@@ -88,6 +91,7 @@ class ChipSampler(_Endless[GeoSlice], GeoSampler):
         chip_size: int,
         chips_per_epoch: int,
         seed: int,
+        weights: Weights = "area",
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -98,11 +102,14 @@ class ChipSampler(_Endless[GeoSlice], GeoSampler):
             chip_size: side in pixels.
             chips_per_epoch: of all ranks together.
             seed: of the run; two ranks with one seed never draw the same position.
+            weights: how often scenes are drawn: in proportion to their area, every file alike, or one number
+                per row of the data set's index (by class or value, see `data.weights`).
             rank: of this process.
             world_size: number of processes.
 
         Raises:
-            DataError: no such rank, an epoch of less than one chip per rank, or a chip without pixels.
+            DataError: no such rank, an epoch of less than one chip per rank, a chip without pixels, or
+                weights that cannot be.
         """
         super().__init__(chips_per_epoch, seed=seed, rank=rank, world_size=world_size)
         if chip_size < 1:
@@ -110,7 +117,7 @@ class ChipSampler(_Endless[GeoSlice], GeoSampler):
         geometries = np.asarray(dataset.index.geometry.values, dtype=object)
         self._bounds: NDArray[np.float64] = shapely.bounds(geometries)
         areas: NDArray[np.float64] = shapely.area(geometries)
-        self._probabilities = areas / areas.sum()
+        self._probabilities = _probabilities(weights, areas)
         self._resolution = np.array(dataset.res, dtype=np.float64)
         self._chip_size = chip_size
         boxes = np.prod(self._bounds[:, 2:] - self._bounds[:, :2], axis=1)
@@ -121,11 +128,21 @@ class ChipSampler(_Endless[GeoSlice], GeoSampler):
     def _draw(self, generator: np.random.Generator) -> Sequence[GeoSlice]:
         count = self._epoch_length
         rows = generator.choice(len(self._bounds), size=count, p=self._probabilities)
-        position = generator.random((count, 2))
+        return self._chips(rows, generator.random((count, 2)))
+
+    def _room(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """[n, 2] lengths by which a chip can be moved in its scene, negative where it is larger than that."""
+        size = self._chip_size * self._resolution
+        # What the chip covers on the plane of the index.
+        covered = size * self._stretch[rows]
+        room: NDArray[np.float64] = self._bounds[rows, 2:] - self._bounds[rows, :2] - covered
+        return room
+
+    def _chips(self, rows: NDArray[np.int64], position: NDArray[np.float64]) -> Sequence[GeoSlice]:
+        """Queries of chips at positions in [0, 1) along the room of their scenes."""
         low, high = self._bounds[rows, :2], self._bounds[rows, 2:]
         size = self._chip_size * self._resolution
-        # What the chip covers on the plane of the index, and the room that is left to move it.
-        room = high - low - size * self._stretch[rows]
+        room = self._room(rows)
         if self._snaps:
             # Counted from the upper left corner, where the pixels of a scene begin.
             pixels = np.maximum(np.rint(room / self._resolution), 0)
@@ -138,6 +155,103 @@ class ChipSampler(_Endless[GeoSlice], GeoSampler):
         return _Queries(
             corner, corner + size, None if self._times is None else [self._times[r] for r in rows]
         )
+
+
+class SuperblockSampler(ChipSampler):
+    """Chips in an order in which neighbours are read soon after each other, and every block decoded once.
+
+    Scenes are cut into superblocks. The sampler visits them in random order, each in proportion to its area
+    and the weight of its scene, and draws several chips in each; `SceneDataset` keeps the blocks that they
+    share. So that neighbours do not fill a batch, the chips of several visits are shuffled together.
+
+    With reading processes, which torch hands whole batches in turn, `lanes` such shuffled sequences are
+    dealt out batch by batch: with as many lanes as processes (or a multiple) no two decode the same blocks.
+    """
+
+    def __init__(
+        self,
+        dataset: GeoDataset,
+        *,
+        chip_size: int,
+        chips_per_epoch: int,
+        seed: int,
+        superblock: int = 1024,
+        chips_per_visit: int = 16,
+        shuffled_visits: int = 16,
+        lanes: int = 1,
+        batch_size: int = 1,
+        weights: Weights = "area",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Reads the footprints of all scenes.
+
+        Args:
+            dataset: as `ChipSampler`.
+            chip_size: side in pixels.
+            chips_per_epoch: of all ranks together.
+            seed: of the run.
+            superblock: side in pixels of the squares in which the upper left corners of a visit's chips lie.
+            chips_per_visit: more means less decoding, and more chips of one neighbourhood.
+            shuffled_visits: visits whose chips are mixed; their blocks should fit the cache of blocks.
+            lanes: sequences that are dealt out batch by batch.
+            batch_size: keys per batch of one rank; matters only with several lanes.
+            weights: as `ChipSampler`.
+            rank: of this process.
+            world_size: number of processes.
+
+        Raises:
+            DataError: as `ChipSampler`, or a number below 1.
+        """
+        super().__init__(
+            dataset,
+            chip_size=chip_size,
+            chips_per_epoch=chips_per_epoch,
+            seed=seed,
+            weights=weights,
+            rank=rank,
+            world_size=world_size,
+        )
+        numbers = {
+            "superblock": superblock,
+            "chips_per_visit": chips_per_visit,
+            "shuffled_visits": shuffled_visits,
+            "lanes": lanes,
+            "batch_size": batch_size,
+        }
+        for name, number in numbers.items():
+            if number < 1:
+                raise DataError(f"{name} must be at least 1, got {number}")
+        self._superblock = superblock
+        self._chips_per_visit = chips_per_visit
+        self._group = chips_per_visit * shuffled_visits
+        self._lanes = lanes
+        self._batch_size = batch_size
+
+    def _draw(self, generator: np.random.Generator) -> Sequence[GeoSlice]:
+        order = self._order()
+        num_groups = int(order.max()) // self._group + 1
+        visits = num_groups * self._group // self._chips_per_visit
+        scene = generator.choice(len(self._bounds), size=visits, p=self._probabilities)
+        # A superblock is drawn by drawing a corner, so that cut ones come less often.
+        pixels = np.maximum(np.rint(self._room(scene) / self._resolution), 0) + 1
+        first = np.floor(generator.random((visits, 2)) * pixels / self._superblock) * self._superblock
+        side = np.minimum(pixels - first, self._superblock)
+        inside = generator.random((visits, self._chips_per_visit, 2))
+        position = ((first[:, None] + inside * side[:, None]) / pixels[:, None]).reshape(-1, 2)
+        shuffled = generator.permuted(np.arange(len(position)).reshape(num_groups, -1), axis=1).ravel()
+        chosen = shuffled[order]
+        return self._chips(scene[chosen // self._chips_per_visit], position[chosen])
+
+    def _order(self) -> NDArray[np.int64]:
+        """For each position of the epoch the number of its chip, whose groups belong to one lane each."""
+        batch, within = np.divmod(np.arange(self._epoch_length) // self._world_size, self._batch_size)
+        rank = np.arange(self._epoch_length) % self._world_size
+        turn, lane = np.divmod(batch, self._lanes)
+        group, offset = np.divmod(turn * self._batch_size + within, self._group)
+        number = (group * self._world_size + rank) * self._lanes + lane
+        order: NDArray[np.int64] = number * self._group + offset
+        return order
 
 
 class IndexSampler(_Endless[int]):
@@ -177,6 +291,22 @@ class _Queries(Sequence[GeoSlice]):
         time = None if self._times is None else self._times[index]
         place = (slice(x0, x1), slice(y0, y1))
         return place if time is None else (*place, time)
+
+
+def _probabilities(weights: Weights, areas: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Per scene how likely it is drawn."""
+    if isinstance(weights, str):
+        if weights not in ("area", "file"):
+            raise DataError(f"weights must be 'area', 'file' or a number per scene, got {weights!r}")
+        numbers = areas if weights == "area" else np.ones_like(areas)
+    else:
+        numbers = np.asarray(weights, dtype=np.float64)
+        if numbers.shape != areas.shape:
+            raise DataError(f"{len(numbers)} weights for {len(areas)} scenes, expected one for each")
+    if not (np.isfinite(numbers).all() and numbers.min() >= 0 and numbers.sum() > 0):
+        raise DataError("weights must be finite, at least 0 and not all 0")
+    shares: NDArray[np.float64] = numbers / numbers.sum()
+    return shares
 
 
 def _times(dataset: GeoDataset) -> list[slice | None] | None:

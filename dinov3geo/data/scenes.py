@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,14 +15,12 @@ import torch
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio import warp
-from rasterio.crs import CRS
 from rasterio.enums import Resampling
 from rasterio.windows import Window
 from torch import Tensor
 from torchgeo.datasets import GeoDataset, IntersectionDataset, RasterDataset, UnionDataset
 
 from dinov3geo.data.catalog import (
-    EQUAL_AREA,
     ReaderPool,
     SceneCatalog,
     build_index,
@@ -33,20 +28,19 @@ from dinov3geo.data.catalog import (
     move_inside,
     same_lattice,
     same_resolution,
-    to_pyproj,
-    to_rasterio,
-    transformer,
+    seconds,
+    shared_crs,
 )
+from dinov3geo.data.scene_files import band_positions, find_scenes, open_scene, scene_paths
 from dinov3geo.errors import DataError
+from dinov3geo.rasters.blocks import BLOCKS
+from dinov3geo.rasters.crs import to_pyproj, to_rasterio, transformer
 from dinov3geo.rasters.grid import PixelGrid, aligned_window
 from dinov3geo.rasters.reader import (
-    SceneInfo,
-    SceneReader,
-    find_rasters,
-    inspect_scene,
     read_on_grid,
 )
 from dinov3geo.rasters.sensors import Sensor, get_sensor
+from dinov3geo.rasters.warped import WarpedScene
 
 Sample = dict[str, Tensor]
 Query = slice | tuple[slice, ...]
@@ -55,6 +49,10 @@ Mask = NDArray[np.bool_]
 
 # From here on a wanted pixel covers so many of the file's that interpolating between four would alias.
 _AVERAGE_FROM_RATIO = 1.5
+
+
+_ALL = slice(None)
+_TRUE = torch.tensor(True)
 
 
 class SceneDataset(RasterDataset):
@@ -83,6 +81,7 @@ class SceneDataset(RasterDataset):
         res: float | tuple[float, float] | None = None,
         crs: Any = None,  # noqa: ANN401
         allow_mixed_resolution: bool = False,
+        time: tuple[str, str] | None = None,
     ) -> None:
         """Reads the header of every file.
 
@@ -95,6 +94,7 @@ class SceneDataset(RasterDataset):
             res: pixel size in units of the CRS to resample to; None keeps the files' own.
             crs: CRS to resample to; None keeps the files' own.
             allow_mixed_resolution: read files whose pixel sizes differ by more than 1 % as they are.
+            time: first and last date of interest; scenes without a date always count.
 
         Raises:
             RasterError: no such file, not a raster, truncated.
@@ -108,30 +108,25 @@ class SceneDataset(RasterDataset):
         self.cache, self.time_series = True, False
         self.sensor = _sensor(sensor, is_image)
         self._describe(bands)
-        infos = [inspect_scene(path) for path in self.files]
-        self._check_bands(infos)
+        records = find_scenes(paths, self.sensor, bands, time)
+        infos = [record.info for record in records]
         self._infos = {info.path: info for info in infos}
         self._numpy_dtype = np.result_type(*(info.dtype for info in infos))
         self._any_resolution = allow_mixed_resolution or res is not None
-        own = _shared_crs(infos)
+        own = shared_crs(infos)
         target = own if crs is None else to_rasterio(crs)
         self._crs_forced = crs is not None and any(info.grid.crs != target for info in infos)
         self._native_res = common_resolution(infos, target, self._any_resolution)
         self._res = self._native_res
-        self.index = build_index(infos, [self._dates(info.path) for info in infos], target)
+        self.index = build_index(infos, [record.interval for record in records], target)
         if res is not None:
             self.res = res
-        nodata = None if self.sensor is None else self.sensor.nodata
-        self._readers = ReaderPool(functools.partial(SceneReader, bands=self.band_indexes, nodata=nodata))
+        self._readers = self._pool()
 
     @property
     def files(self) -> list[str]:
         """Sorted paths of all files of the sensor."""
-        found = find_rasters(cast(Any, self.paths))
-        files = [str(path) for path in found if fnmatch(path.name, self.filename_glob)]
-        if not files:
-            raise DataError(f"none of {len(found)} rasters in {self.paths} is named {self.filename_glob!r}")
-        return files
+        return [str(path) for path in scene_paths(cast(Any, self.paths), self.sensor)]
 
     @property
     def gsd_range_m(self) -> tuple[float, float]:
@@ -190,16 +185,18 @@ class SceneDataset(RasterDataset):
             RasterError: a file is damaged.
             DataError: NaN that no nodata explains.
         """
-        numbers, valid, grid = self.read_query(index)
-        sample = self.sample(index, numbers, valid, grid)
+        place = self.complete(index)
+        numbers, valid, grid = self._read(place)
+        sample = self._packed(place, numbers, valid, grid)
         return sample if self.transforms is None else self.transforms(sample)
 
     def __and__(self, other: GeoDataset) -> IntersectionDataset:
-        """Images with labels, whichever comes first, become `ScenePairs`; see there."""
+        """Images with labels, whichever comes first, become `scene_pairs.ScenePairs`; see there."""
         if isinstance(other, SceneDataset):
-            return (
-                ScenePairs(other, self) if other.is_image and not self.is_image else ScenePairs(self, other)
-            )
+            from dinov3geo.data.scene_pairs import ScenePairs  # which itself needs this class
+
+            swapped = other.is_image and not self.is_image
+            return ScenePairs(other, self) if swapped else ScenePairs(self, other)
         return super().__and__(other)
 
     def __or__(self, other: GeoDataset) -> UnionDataset | SceneDataset:  # type: ignore[override]
@@ -210,15 +207,31 @@ class SceneDataset(RasterDataset):
 
     def read_query(self, index: Query) -> tuple[Array, Mask, PixelGrid]:
         """Numbers [C, H, W], their mask [H, W] and where they lie; arguments and errors as indexing."""
-        x, y, t = self.complete(index)
+        numbers, valid, grid = self._read(self.complete(index))
+        return numbers, np.ones(grid.shape_hw, dtype=np.bool_) if valid is None else valid, grid
+
+    def _read(self, place: tuple[slice, slice, slice]) -> tuple[Array, Mask | None, PixelGrid]:
+        """As `read_query`; the mask is None where every pixel holds data."""
+        x, y, t = place
+        catalog = self._catalog
         bounds = (x.start, y.start, x.stop, y.stop)
-        rows = self._catalog.find(bounds, t.start, t.stop)[:: t.step]
+        always = t.start is catalog.bounds[2][0] and t.stop is catalog.bounds[2][1]
+        rows = catalog.find(bounds, *((None, None) if always else (t.start, t.stop)))[:: t.step]
         if not rows:
             raise IndexError(f"no scene at {bounds} of {self.crs.name}, {t.start} to {t.stop}")
         height, width = round((y.stop - y.start) / y.step), round((x.stop - x.start) / x.step)
-        transform = Affine(x.step, 0.0, x.start, 0.0, -y.step, y.stop)
-        grid = PixelGrid(self._catalog.crs, transform, height, width)
         resampled = self._crs_forced or not same_resolution((x.step, y.step), self._native_res, 1e-9)
+        if not resampled and all(catalog.share_lattice[row] for row in rows):
+            line, col, transform = catalog.window(rows[0], x.start, y.stop)
+            grid = PixelGrid(catalog.crs, transform, height, width)
+            numbers, valid = self._readers.get(catalog.paths[rows[0]]).read_at(line, col, (height, width))
+            numbers = numbers.astype(self._numpy_dtype, copy=False)
+            if valid is None:
+                return numbers, None, grid
+            return *self._mosaic(rows[1:], grid, numbers, valid), grid
+        if (x.step, y.step) == self._res and resampled:
+            return self._read_lattice(rows, x, y, (height, width))
+        grid = PixelGrid(catalog.crs, Affine(x.step, 0.0, x.start, 0.0, -y.step, y.stop), height, width)
         if not resampled:
             first, grid = self._own_grid(rows, grid)
             rows = [first, *(row for row in rows if row != first)]
@@ -239,55 +252,74 @@ class SceneDataset(RasterDataset):
         bounds = grid.bounds if grid.crs == own else warp.transform_bounds(grid.crs, own, *grid.bounds)
         return self._mosaic(self._catalog.find(bounds, start, stop), grid)
 
+    def intervals(
+        self, bounds: tuple[float, float, float, float], besides: tuple[Any, Any]
+    ) -> list[tuple[pd.Timestamp, pd.Timestamp]]:
+        """Times of the scenes at a place that do not meet another time, each once, ascending.
+
+        Args:
+            bounds: (xmin, ymin, xmax, ymax) in the CRS of the index.
+            besides: first and last moment of the other time.
+        """
+        start, stop = (pd.Timestamp(moment) for moment in besides)
+        found = {self.index.index[row] for row in self._catalog.find(bounds, None, None)}
+        return sorted((i.left, i.right) for i in found if i.right < start or i.left > stop)
+
     def sample(self, index: Query, numbers: Array, valid: Mask, grid: PixelGrid) -> Sample:
         """Packs what `read_query` gave into torchgeo's keys."""
-        x, y, t = self.complete(index)
-        times = (pd.Timestamp(t.start).timestamp(), pd.Timestamp(t.stop).timestamp(), t.step)
+        return self._packed(self.complete(index), numbers, valid, grid)
+
+    def _packed(
+        self, place: tuple[slice, slice, slice], numbers: Array, valid: Mask | None, grid: PixelGrid
+    ) -> Sample:
+        x, y, t = place
+        times = (seconds(t.start), seconds(t.stop), t.step)
         bounds = (x.start, x.stop, x.step, y.start, y.stop, y.step, *times)
+        # Iterating an Affine costs more than reading a chip.
+        a = grid.transform
         tensor = torch.from_numpy(numbers)
-        content = {"image": tensor} if self.is_image else {"mask": tensor.squeeze(0)}
         return {
-            **content,
-            "valid": torch.from_numpy(valid),
-            "bounds": torch.tensor(bounds, dtype=torch.float64),
-            "transform": torch.tensor(tuple(grid.transform), dtype=torch.float64),
+            **({"image": tensor} if self.is_image else {"mask": tensor.squeeze(0)}),
+            # One True for all pixels: neither made nor sent to another process pixel by pixel.
+            "valid": _TRUE.expand(grid.shape_hw) if valid is None else torch.from_numpy(valid),
+            "bounds": torch.from_numpy(np.array(bounds, dtype=np.float64)),
+            "transform": torch.from_numpy(np.array((a.a, a.b, a.c, a.d, a.e, a.f, 0.0, 0.0, 1.0))),
         }
 
     def complete(self, index: Query) -> tuple[slice, slice, slice]:
         """Fills in what a query leaves out: the data set's bounds, its resolution, all times."""
         given = (index,) if isinstance(index, slice) else index
-        given = (*given, *(slice(None),) * (3 - len(given)))
-        full = self._catalog.bounds
-        x, y, t = (
-            slice(
-                whole[0] if part.start is None else part.start,
-                whole[1] if part.stop is None else part.stop,
-                step if part.step is None else part.step,
-            )
-            for part, whole, step in zip(given, full, (*self._res, 1), strict=True)
-        )
+        whole_x, whole_y, whole_t = self._catalog.bounds
+        x = _filled(given[0], whole_x, self._res[0])
+        y = _filled(given[1] if len(given) > 1 else _ALL, whole_y, self._res[1])
+        t = _filled(given[2] if len(given) > 2 else _ALL, whole_t, 1)
         if x.stop <= x.start or y.stop <= y.start:
             raise IndexError(f"empty query: x {x.start} to {x.stop}, y {y.start} to {y.stop}")
         return x, y, t
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the lookup arrays, which a copy makes again when it needs them."""
-        return {name: value for name, value in self.__dict__.items() if name != "_catalog_of_index"}
+        """Everything but lookup arrays and warped scenes, which a copy makes again when it needs them."""
+        made_again = ("_catalog_of_index", "_warped_scenes")
+        return {name: value for name, value in self.__dict__.items() if name not in made_again}
 
     @property
     def _catalog(self) -> SceneCatalog:
         """Lookup arrays of the present index; whoever splits a data set replaces its index."""
         catalog: SceneCatalog | None = self.__dict__.get("_catalog_of_index")
         if catalog is None or catalog.index is not self.index:
-            catalog = SceneCatalog(self.index)
+            self.__dict__.pop("_warped_scenes", None)
+            catalog = SceneCatalog(self.index, self._infos)
             self.__dict__["_catalog_of_index"] = catalog
         return catalog
 
-    def _mosaic(self, rows: Iterable[int], grid: PixelGrid) -> tuple[Array, Mask]:
-        """Reads these rows of the index on one grid: the first valid pixel wins."""
-        numbers: Array | None = None
-        valid: Mask = np.zeros(grid.shape_hw, dtype=np.bool_)
+    def _mosaic(
+        self, rows: Iterable[int], grid: PixelGrid, numbers: Array | None = None, valid: Mask | None = None
+    ) -> tuple[Array, Mask]:
+        """Adds these rows of the index to what is there already: the first valid pixel wins."""
+        valid = np.zeros(grid.shape_hw, dtype=np.bool_) if valid is None else valid
         for path in dict.fromkeys(self._catalog.paths[row] for row in rows):
+            if valid.all():
+                break
             more, more_valid = self._read_scene(path, grid)
             if numbers is None:
                 numbers, valid = more, more_valid
@@ -295,12 +327,49 @@ class SceneDataset(RasterDataset):
                 new = more_valid & ~valid
                 np.copyto(numbers, more, where=new)
                 valid |= new
-            if valid.all():
-                break
         if numbers is None:
             fill = self._readers.get(next(iter(self._infos))).fill.astype(self._numpy_dtype)
             numbers = np.repeat(fill, grid.height * grid.width).reshape(-1, *grid.shape_hw)
         return numbers, valid
+
+    def _read_lattice(
+        self, rows: Sequence[int], x: slice, y: slice, size_hw: tuple[int, int]
+    ) -> tuple[Array, Mask | None, PixelGrid]:
+        """Reads what is to be resampled, moved to the nearest pixel of each scene's lattice."""
+        numbers: Array | None = None
+        valid: Mask | None = None
+        grid: PixelGrid | None = None
+        for path in dict.fromkeys(self._catalog.paths[row] for row in rows):
+            scene = self._warped_scene(path)
+            row, col = scene.pixel_at(x.start, y.stop)
+            more, more_valid = scene.read_at(row, col, size_hw)
+            if numbers is None:
+                numbers, valid, grid = more, more_valid, scene.grid(row, col, size_hw)
+            elif valid is not None:
+                np.copyto(numbers, more, where=~valid if more_valid is None else more_valid & ~valid)
+                valid = None if more_valid is None else valid | more_valid
+            if valid is None:
+                break
+        assert numbers is not None and grid is not None
+        return numbers.astype(self._numpy_dtype, copy=False), valid, grid
+
+    def _warped_scene(self, path: Path) -> WarpedScene:
+        """The scene on the lattice of the present CRS and resolution."""
+        key = (path, self._res)
+        scenes: dict[Any, WarpedScene] = self.__dict__.setdefault("_warped_scenes", {})
+        if key not in scenes:
+            identity = (str(path), self.is_image, tuple(self.band_indexes or ()), self.sensor)
+            reader = functools.partial(self._readers.get, path)
+            scenes[key] = WarpedScene(
+                reader,
+                identity,
+                self._infos[path].grid,
+                self._catalog.crs,
+                self._res,
+                self._resampling_to,
+                BLOCKS,
+            )
+        return scenes[key]
 
     def _read_scene(self, path: Path, grid: PixelGrid) -> tuple[Array, Mask]:
         """Reads one file on a grid, directly wherever its pixels line up."""
@@ -357,32 +426,11 @@ class SceneDataset(RasterDataset):
         self.all_bands = self.sensor.band_names
         self.rgb_bands = self.sensor.rgb_bands
         self.bands = tuple(band.name for band in self.sensor.select(bands))
-        self.band_indexes = list(self.sensor.band_indexes(bands))
+        self.band_indexes = band_positions(self.sensor, bands)
 
-    def _check_bands(self, infos: Sequence[SceneInfo]) -> None:
-        needed = max(self.band_indexes) if self.band_indexes else infos[0].num_bands
-        for info in infos:
-            has = f"scene {info.path} has {info.num_bands} band{'s' * (info.num_bands != 1)}"
-            if self.sensor is None and info.num_bands != needed:
-                raise DataError(f"{has}, {infos[0].path} has {needed}; expected the same number in all files")
-            if self.sensor is not None and info.num_bands < needed:
-                names = self.sensor.band_names
-                raise DataError(f"{has}; sensor {self.sensor.name!r} needs {len(names)} ({', '.join(names)})")
-        dtypes = {info.dtype for info in infos}
-        if self.sensor is not None and dtypes != {self.sensor.dtype}:
-            warnings.warn(
-                f"{infos[0].path} and others hold {', '.join(sorted(dtypes))}; the scale and statistics of "
-                f"sensor {self.sensor.name!r} are for {self.sensor.dtype}",
-                stacklevel=3,
-            )
-
-    def _dates(self, path: Path) -> tuple[datetime, datetime]:
-        try:
-            return self._filepath_to_timestamp(str(path))
-        except ValueError as error:
-            raise DataError(
-                f"the name of {path} holds no date of format {self.date_format!r}: {error}"
-            ) from error
+    def _pool(self) -> ReaderPool:
+        """Opens the files of this data set; shares its headers with it."""
+        return ReaderPool(functools.partial(open_scene, self._infos, self.sensor, self.band_indexes))
 
     def _reads_like(self, other: SceneDataset) -> bool:
         """Whether one data set could hold the files of both."""
@@ -396,80 +444,15 @@ class SceneDataset(RasterDataset):
     def _joined(self, other: SceneDataset) -> SceneDataset:
         both = copy.copy(self)
         both._infos = {**self._infos, **other._infos}
+        both._readers = both._pool()
         infos = list(both._infos.values())
         both._any_resolution = self._any_resolution or other._any_resolution
         both.paths = cast(Any, [str(path) for path in both._infos])
-        target = _shared_crs(infos)
+        target = shared_crs(infos)
         both._native_res = both._res = common_resolution(infos, target, both._any_resolution)
         frames = [data.index.to_crs(to_pyproj(target)) for data in (self, other)]
         both.index = pd.concat(frames)
         return both
-
-
-class ScenePairs(IntersectionDataset):
-    """Images and what belongs to them, aligned by their georeference in whatever CRS and pixel size they are.
-
-    The second data set is read on exactly the grid that the first one's read gives. A sample has `image`,
-    `valid`, `bounds` and `transform` from the first and, if the second holds labels, `mask` and `mask_valid`
-    from it (nearest pixel; [H, W] if it has one band). If both hold images, the second's bands follow the
-    first's in `image`, and `valid` asks for both.
-    """
-
-    def __init__(
-        self,
-        images: SceneDataset,
-        others: SceneDataset,
-        *,
-        spatial_only: bool = False,
-        transforms: Callable[[Sample], Sample] | None = None,
-    ) -> None:
-        """Intersects the two indexes; neither data set is changed.
-
-        Args:
-            images: read in its own grid.
-            others: labels or further images.
-            spatial_only: pair scenes of different dates.
-            transforms: applied to each sample.
-
-        Raises:
-            DataError: two label sets, or the two lie apart in space or time.
-        """
-        if not images.is_image:
-            raise DataError("expected images & labels, got two data sets of labels (is_image=False)")
-        others = copy.copy(others)
-        others.index = others.index.to_crs(images.crs)
-        self._spatial_only = spatial_only
-        try:
-            super().__init__(images, others, spatial_only=spatial_only, transforms=transforms)
-        except RuntimeError as error:
-            raise DataError(
-                f"no scene in {images.paths} overlaps one in {others.paths}: {error}; "
-                f"bounds in {images.crs.name} are {_bounds(images)} and {_bounds(others)}"
-            ) from error
-
-    def __getitem__(self, index: Query) -> Sample:
-        """Reads a query; arguments and errors as `SceneDataset`."""
-        images, others = cast(list[SceneDataset], self.datasets)
-        numbers, valid, grid = images.read_query(index)
-        t = images.complete(index)[2]
-        times = (None, None) if self._spatial_only else (t.start, t.stop)
-        more, more_valid = others.read_on(grid, *times)
-        if others.is_image:
-            return self._finished(
-                images.sample(index, np.concatenate([numbers, more]), valid & more_valid, grid)
-            )
-        sample = images.sample(index, numbers, valid, grid)
-        sample["mask"] = torch.from_numpy(more).squeeze(0)
-        sample["mask_valid"] = torch.from_numpy(more_valid)
-        return self._finished(sample)
-
-    def _finished(self, sample: Sample) -> Sample:
-        """The sample after the transforms of the first data set and of the pairs."""
-        own: Callable[[Sample], Sample] | None = cast(SceneDataset, self.datasets[0]).transforms
-        for transform in (own, self.transforms):
-            if transform is not None:
-                sample = transform(sample)
-        return sample
 
 
 def _sensor(sensor: Sensor | str | None, is_image: bool) -> Sensor | None:
@@ -480,10 +463,10 @@ def _sensor(sensor: Sensor | str | None, is_image: bool) -> Sensor | None:
     return get_sensor(sensor or "aerial_rgb")
 
 
-def _shared_crs(infos: Sequence[SceneInfo]) -> CRS:
-    first = infos[0].grid.crs
-    return first if all(info.grid.crs == first for info in infos) else EQUAL_AREA
-
-
-def _bounds(dataset: SceneDataset) -> tuple[float, ...]:
-    return tuple(round(float(value), 6) for value in dataset.index.total_bounds)
+def _filled(part: slice, whole: tuple[Any, Any], step: float) -> slice:
+    """A slice with what it leaves out."""
+    return slice(
+        whole[0] if part.start is None else part.start,
+        whole[1] if part.stop is None else part.stop,
+        step if part.step is None else part.step,
+    )

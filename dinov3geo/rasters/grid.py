@@ -27,6 +27,9 @@ _SHEAR_TOLERANCE_PX = 1e-3
 # Offsets and sizes that differ from whole pixels by less than this are rounding errors, too.
 _ALIGNMENT_TOLERANCE_PX = 1e-3
 
+# One object for all rasters of a reference system: telling two apart again and again is slow.
+_SHARED: dict[str, CRS] = {}
+
 
 @dataclass(frozen=True, slots=True)
 class PixelGrid:
@@ -72,7 +75,8 @@ class PixelGrid:
                 "assign it, e.g. gdal_edit -a_ullr"
             )
         upright = _upright(transform, dataset.height, dataset.width, name)
-        return cls(_terrestrial(dataset.crs, name), upright, *dataset.shape)
+        crs = _terrestrial(dataset.crs, name)
+        return cls(_SHARED.setdefault(crs.to_wkt(), crs), upright, *dataset.shape)
 
     @property
     def shape_hw(self) -> tuple[int, int]:

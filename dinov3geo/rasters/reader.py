@@ -9,35 +9,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from rasterio import warp
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
-from dinov3geo.errors import DataError, GeoreferenceError, RasterError
+from dinov3geo.errors import DataError, RasterError
+from dinov3geo.rasters.blocks import Block, BlockCache, block_side, read_through, worth_keeping
 from dinov3geo.rasters.grid import PixelGrid, aligned_window
+from dinov3geo.rasters.sensor import Quality
 from dinov3geo.rasters.tiff import missing_bytes
+from dinov3geo.rasters.warping import RESAMPLINGS, warp_onto
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 
 RASTER_SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2")
-RESAMPLINGS = {
-    "nearest": Resampling.nearest,
-    "bilinear": Resampling.bilinear,
-    "average": Resampling.average,
-}
-
-# A warp reads at most this many source pixels at once (larger ones are split).
-_MAX_SOURCE_PIXELS = 2**25
-# Of the weight of the valid source pixels, what makes a bilinear result valid: most of it.
-_MIN_WEIGHT = {"bilinear": 0.5, "average": 1e-6}
+# Of an open GeoTIFF: its tags and GDAL's own records (measured), and offset and length of every block.
+_HANDLE_BYTES, _BYTES_PER_BLOCK = 96 * 2**10, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +46,7 @@ class SceneInfo:
         nodata: declared number per band, None where there is none.
         band_names: descriptions per band, "" where there is none.
         colours: colour interpretation per band, e.g. "red", "gray", "alpha", "undefined".
+        source: what GDAL opens where that is not the file itself, e.g. the text of a virtual raster.
     """
 
     path: Path
@@ -61,6 +56,7 @@ class SceneInfo:
     nodata: tuple[float | None, ...]
     band_names: tuple[str, ...]
     colours: tuple[str, ...]
+    source: str | None = None
 
 
 def find_rasters(spec: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -106,27 +102,44 @@ class SceneReader:
     """
 
     def __init__(
-        self, path: str | Path, *, bands: Sequence[int] | None = None, nodata: float | None = None
+        self,
+        scene: str | Path | SceneInfo,
+        *,
+        bands: Sequence[int] | None = None,
+        nodata: float | None = None,
+        quality: tuple[int, Quality] | None = None,
+        cache: BlockCache | None = None,
     ) -> None:
         """Opens the file.
 
         Args:
-            path: raster file.
+            scene: raster file, or its header, which then is not looked at again.
             bands: 1-based indexes in the order wanted; None for all bands but alpha.
             nodata: number that means "no data" if the file declares none.
+            quality: 1-based index of a band of quality bits, and which of them make a pixel invalid.
+            cache: keeps decoded blocks for windows to come; None reads every window from the file.
 
         Raises:
             RasterError: no such file, not a raster, or truncated.
             GeoreferenceError: no CRS, no affine transform, rotated or sheared.
             DataError: a band that the file does not have.
         """
-        self.path = Path(path)
-        self._dataset = _open(self.path)
+        known = scene if isinstance(scene, SceneInfo) else None
+        self.path = known.path if known is not None else Path(cast(str | Path, scene))
+        self._quality = quality
+        self._dataset = _open(self.path, None if known is None else known.source)
         try:
-            self.info = _info(self.path, self._dataset)
+            self.info = known or _info(self.path, self._dataset)
             self.bands = self._select(bands)
+            self._dtype = np.result_type(*(self._dataset.dtypes[band - 1] for band in self.bands))
             self._numbers = self._nodata_numbers(nodata)
             self._mask_bands, self._alpha_bands = self._mask_sources()
+            self._shape_hw = self.info.grid.shape_hw
+            self._cache = None if cache is None else self._usable(cache)
+            height, width = self._dataset.block_shapes[0]
+            blocks = -(-self._shape_hw[0] // height) * -(-self._shape_hw[1] // width)
+            #: About what the open file holds in memory beside decoded blocks.
+            self.open_bytes = int(_HANDLE_BYTES + _BYTES_PER_BLOCK * blocks * self.info.num_bands)
         except BaseException:
             self._dataset.close()
             raise
@@ -166,53 +179,82 @@ class SceneReader:
             RasterError: the file is damaged or truncated there.
             DataError: NaN or infinity that neither nodata nor a mask explains.
         """
-        row, col = round(window.row_off), round(window.col_off)
-        height, width = round(window.height), round(window.width)
-        row0, row1 = max(row, 0), min(row + height, self.info.grid.height)
-        col0, col1 = max(col, 0), min(col + width, self.info.grid.width)
+        size_hw = round(window.height), round(window.width)
+        numbers, valid = self.read_at(round(window.row_off), round(window.col_off), size_hw)
+        return numbers, np.ones(size_hw, dtype=np.bool_) if valid is None else valid
+
+    def read_at(self, row: int, col: int, size_hw: tuple[int, int]) -> Block:
+        """As `read`, for a window given in numbers; the mask is None where every pixel holds data."""
+        height, width = size_hw
+        row0, row1 = max(row, 0), min(row + height, self._shape_hw[0])
+        col0, col1 = max(col, 0), min(col + width, self._shape_hw[1])
         if row1 <= row0 or col1 <= col0:
-            return self._blank(height, width), np.zeros((height, width), dtype=np.bool_)
-        inside = Window(col0, row0, col1 - col0, row1 - row0)
-        numbers, valid = self._read_inside(inside)
-        if valid.shape == (height, width):
+            return self._blank(height, width), np.zeros(size_hw, dtype=np.bool_)
+        numbers, valid = self._read_inside(row0, col0, (row1 - row0, col1 - col0))
+        if (row1 - row0, col1 - col0) == size_hw:
             return numbers, valid
-        padded, padded_valid = self._blank(height, width), np.zeros((height, width), dtype=np.bool_)
+        padded, padded_valid = self._blank(height, width), np.zeros(size_hw, dtype=np.bool_)
         here = (slice(row0 - row, row1 - row), slice(col0 - col, col1 - col))
         padded[:, *here] = numbers
-        padded_valid[here] = valid
+        padded_valid[here] = True if valid is None else valid
         return padded, padded_valid
 
-    @property
-    def _dtype(self) -> np.dtype[Any]:
-        return np.result_type(*(self._dataset.dtypes[band - 1] for band in self.bands))
+    def _usable(self, cache: BlockCache) -> BlockCache | None:
+        """The cache, if blocks of this file fit it."""
+        own, shape = self._dataset.block_shapes[0], self.info.grid.shape_hw
+        self._side_hw = (block_side(shape[0], own[0]), block_side(shape[1], own[1]))
+        what = (str(self.path), self.info.source, self.bands, self._numbers, self._quality)
+        self._number = cache.number(what)
+        bytes_per_pixel = len(self.bands) * self._dtype.itemsize + 1
+        return cache if worth_keeping(self._side_hw, bytes_per_pixel, cache) else None
 
     def _blank(self, height: int, width: int) -> Array:
         blank = np.empty((len(self.bands), height, width), dtype=self._dtype)
         blank[:] = self.fill[:, None, None]
         return blank
 
-    def _read_inside(self, window: Window) -> tuple[Array, Mask]:
-        """Reads a window that lies inside the raster."""
+    def _read_inside(self, row: int, col: int, size_hw: tuple[int, int]) -> Block:
+        """Reads a window that lies inside the raster, through the cache if there is one."""
+        if self._cache is None:
+            return self._decode(Window(col, row, size_hw[1], size_hw[0]))
+        return read_through(row, col, size_hw, self._side_hw, self._block)
+
+    def _block(self, i: int, j: int) -> Block:
+        """A block out of the cache, decoded if it is not there."""
+        assert self._cache is not None
+        key = (self._number, i, j)
+        block = self._cache.get(key)
+        if block is None:
+            (side_h, side_w), (height, width) = self._side_hw, self._shape_hw
+            row, col = i * side_h, j * side_w
+            block = self._decode(Window(col, row, min(side_w, width - col), min(side_h, height - row)))
+            self._cache.put(key, block)
+        return block
+
+    def _decode(self, window: Window) -> Block:
+        """Reads a window that lies inside the raster from the file."""
         try:
             numbers: Array = self._dataset.read(list(self.bands), window=window, out_dtype=self._dtype)
-            valid = np.ones(numbers.shape[1:], dtype=np.bool_)
+            valid: Mask | None = None
             for band in self._mask_bands:
-                valid &= self._dataset.read_masks(band, window=window) > 0
+                valid = _both(valid, self._dataset.read_masks(band, window=window) > 0)
             for band in self._alpha_bands:
-                valid &= self._dataset.read(band, window=window) > 0
+                valid = _both(valid, self._dataset.read(band, window=window) > 0)
+            if self._quality is not None:
+                band, rule = self._quality
+                valid = _both(valid, rule.valid(self._dataset.read(band, window=window)))
         except RasterioError as error:
             raise RasterError(
                 f"cannot read {self.path} at {_where(window)}: damaged or truncated ({error})"
             ) from error
-        valid &= ~self._is_nodata(numbers)
+        if None not in self._numbers:
+            valid = _both(valid, ~self._is_nodata(numbers))
         if np.issubdtype(numbers.dtype, np.floating):
             self._settle_non_finite(numbers, valid, window)
-        return numbers, valid
+        return numbers, None if valid is None or valid.all() else valid
 
     def _is_nodata(self, numbers: Array) -> Mask:
         """[h, w] True where all bands equal their nodata, or where a declared NaN stands in any band."""
-        if any(number is None for number in self._numbers):
-            return np.zeros(numbers.shape[1:], dtype=np.bool_)
         missing = np.ones(numbers.shape[1:], dtype=np.bool_)
         some_nan = np.zeros_like(missing)
         for band, number in zip(numbers, self._numbers, strict=True):
@@ -225,12 +267,12 @@ class SceneReader:
                 missing &= band == numbers.dtype.type(number)
         return missing | some_nan
 
-    def _settle_non_finite(self, numbers: Array, valid: Mask, window: Window) -> None:
+    def _settle_non_finite(self, numbers: Array, valid: Mask | None, window: Window) -> None:
         """Replaces NaN where there is no data; raises where there should be data."""
         strange = ~np.isfinite(numbers)
         if not strange.any():
             return
-        unexplained = strange & valid
+        unexplained = strange if valid is None else strange & valid
         if unexplained.any():
             _, row, col = np.argwhere(unexplained)[0]
             raise DataError(
@@ -313,88 +355,7 @@ def read_on_grid(
     window = aligned_window(source.info.grid, grid)
     if window is not None:
         return source.read(window)
-    return _warp(source, grid, resampling)
-
-
-def _warp(source: SceneReader, grid: PixelGrid, resampling: str) -> tuple[Array, Mask]:
-    """Reads and warps, in halves if the source window would be too large."""
-    window = _covering_window(source.info.grid, grid)
-    if window is None:
-        return source._blank(*grid.shape_hw), np.zeros(grid.shape_hw, dtype=np.bool_)
-    if window.width * window.height > _MAX_SOURCE_PIXELS and max(grid.shape_hw) > 1:
-        axis = 0 if grid.height >= grid.width else 1
-        parts = [_warp(source, half, resampling) for half in _halves(grid, axis)]
-        numbers = np.concatenate([part[0] for part in parts], axis=axis + 1)
-        return numbers, np.concatenate([part[1] for part in parts], axis=axis)
-    numbers, valid = source.read(window)
-    source_grid = source.info.grid.window_grid(window)
-    return _warp_arrays(numbers, valid, source_grid, grid, resampling, source.fill)
-
-
-def _warp_arrays(
-    numbers: Array, valid: Mask, own: PixelGrid, wanted: PixelGrid, resampling: str, fill: Array
-) -> tuple[Array, Mask]:
-    """Warps numbers [C, h, w] and their mask [h, w] from one grid to another."""
-
-    def project(array: Array) -> Array:
-        target = np.zeros((*array.shape[:-2], *wanted.shape_hw), dtype=array.dtype)
-        warp.reproject(
-            array,
-            target,
-            src_transform=own.transform,
-            src_crs=own.crs,
-            dst_transform=wanted.transform,
-            dst_crs=wanted.crs,
-            resampling=RESAMPLINGS[resampling],
-            # Approximating costs up to 1/8 pixel by default, which would move labels against images.
-            tolerance=0.0 if own.crs == wanted.crs else 0.01,
-        )
-        return target
-
-    if resampling == "nearest":
-        target, target_valid = project(numbers), project(valid.astype(np.uint8)) > 0
-    else:
-        # Normalised convolution: the weights of invalid pixels are taken out of both sums.
-        working = np.float32 if numbers.dtype.itemsize <= 2 or numbers.dtype == np.float32 else np.float64
-        weight = project(valid.astype(working))
-        total = project(np.where(valid, numbers, 0).astype(working))
-        target_valid = weight >= _MIN_WEIGHT[resampling]
-        mean = np.divide(total, weight, out=np.zeros_like(total), where=target_valid)
-        target = (np.rint(mean) if np.issubdtype(numbers.dtype, np.integer) else mean).astype(numbers.dtype)
-    target[:, ~target_valid] = fill[:, None]
-    return target, target_valid
-
-
-def _covering_window(own: PixelGrid, wanted: PixelGrid) -> Window | None:
-    """The window of `own`, clipped to it, that holds all of `wanted` and a margin; None if they are apart."""
-    bounds = wanted.bounds
-    if own.crs != wanted.crs:
-        try:
-            bounds = warp.transform_bounds(wanted.crs, own.crs, *bounds, densify_pts=21)
-        except (CRSError, RasterioError) as error:
-            raise GeoreferenceError(f"no transformation from {wanted.crs} to {own.crs}: {error}") from error
-    if not all(math.isfinite(bound) for bound in bounds):
-        return None
-    inverse = ~own.transform
-    cols, rows = zip(*(inverse @ (x, y) for x in bounds[::2] for y in bounds[1::2]), strict=True)
-    margin = 3
-    col0, col1 = max(math.floor(min(cols)) - margin, 0), min(math.ceil(max(cols)) + margin, own.width)
-    row0, row1 = max(math.floor(min(rows)) - margin, 0), min(math.ceil(max(rows)) + margin, own.height)
-    if col1 <= col0 or row1 <= row0:
-        return None
-    return Window(col0, row0, col1 - col0, row1 - row0)
-
-
-def _halves(grid: PixelGrid, axis: int) -> tuple[PixelGrid, PixelGrid]:
-    """Splits a grid along its rows (axis 0) or columns (axis 1)."""
-    height, width = grid.shape_hw
-    if axis == 0:
-        cut = height // 2
-        return grid.window_grid(Window(0, 0, width, cut)), grid.window_grid(
-            Window(0, cut, width, height - cut)
-        )
-    cut = width // 2
-    return grid.window_grid(Window(0, 0, cut, height)), grid.window_grid(Window(cut, 0, width - cut, height))
+    return warp_onto(source.read, source.info.grid, grid, resampling, source.fill)
 
 
 def _find(spec: str | Path) -> list[Path]:
@@ -415,9 +376,9 @@ def _find(spec: str | Path) -> list[Path]:
     return matches
 
 
-def _open(path: Path) -> DatasetReader:
+def _open(path: Path, source: str | None = None) -> DatasetReader:
     """Opens a raster with errors that a user understands."""
-    if not path.exists():
+    if source is None and not path.exists():
         raise RasterError(f"no such file: {path}")
     if path.is_dir():
         raise RasterError(f"{path} is a folder, expected a raster file")
@@ -425,7 +386,7 @@ def _open(path: Path) -> DatasetReader:
         with warnings.catch_warnings():
             # A missing position is an error of ours with a better message.
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            dataset = rasterio.open(path)
+            dataset = rasterio.open(source or path)
     except RasterioIOError as error:
         raise RasterError(
             f"{path} cannot be opened as a raster ({error}); expected a GeoTIFF or the like"
@@ -452,6 +413,10 @@ def _info(path: Path, dataset: DatasetReader) -> SceneInfo:
         band_names=tuple(text or "" for text in dataset.descriptions),
         colours=tuple(meaning.name for meaning in dataset.colorinterp),
     )
+
+
+def _both(one: Mask | None, other: Mask) -> Mask:
+    return other if one is None else one & other
 
 
 def _representable(number: float, dtype: np.dtype[Any]) -> bool:

@@ -1,107 +1,34 @@
-"""What the bands of a raster mean: names, wavelengths, scale and statistics.
+"""The records of known sensors, and the look-up by name or file.
 
-To add a sensor, add one record to `_RECORDS`. A new set of statistics states what it was computed from.
+To add a sensor, add one record to `_RECORDS`, or write a YAML file (`dinov3geo stats --output` writes one).
+A new set of statistics states what it was computed from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 from dinov3geo.errors import UnknownNameError
+from dinov3geo.rasters.satellites import SATELLITES
+from dinov3geo.rasters.sensor import Band, Quality, Sensor
+from dinov3geo.rasters.sensor_files import SUFFIXES, load_sensor
+
+__all__ = ["SENSORS", "Band", "Quality", "Sensor", "get_sensor"]
 
 # Stored 8-bit numbers to [0, 1], the unit in which mean and std of 8-bit sensors are given.
 _BYTE = 1.0 / 255.0
 
 
-@dataclass(frozen=True, slots=True)
-class Band:
-    """One band of a sensor.
-
-    Attributes:
-        name: lower case, unique within its sensor.
-        wavelength_nm: centre wavelength [nm], or None if it has none (heights) or it is not published.
-        gsd_m: the band's own ground sampling distance [m], or None where it varies.
-        scale: factor from the stored number to the physical one.
-        offset: addend after the factor.
-        mean: of the physical number over the source's valid pixels.
-        std: standard deviation of the same.
-    """
-
-    name: str
-    wavelength_nm: float | None
-    gsd_m: float | None
-    scale: float
-    offset: float
-    mean: float
-    std: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sensor:
-    """What one must know to read a family of rasters.
-
-    Attributes:
-        name: key in `SENSORS`.
-        bands: in the order of the file.
-        gsd_m: nominal ground sampling distance [m].
-        dtype: numpy name of the stored numbers.
-        nodata: stored number that means "no data" in files that declare none, or None.
-        filename_glob: which files of a folder belong to the sensor.
-        filename_regex: verbose regular expression on the file name; a group `date` dates the file.
-        rgb_bands: the three bands to show as red, green, blue.
-        nadir: seen from above, so flips and right-angle turns keep an image equally likely.
-        source: where bands and statistics come from.
-        date_format: `strptime` format of the group `date`.
-    """
-
-    name: str
-    bands: tuple[Band, ...]
-    gsd_m: float
-    dtype: str
-    nodata: float | None
-    filename_glob: str
-    filename_regex: str
-    rgb_bands: tuple[str, ...]
-    nadir: bool
-    source: str
-    date_format: str = field(default="%Y%m%d", kw_only=True)
-
-    @property
-    def band_names(self) -> tuple[str, ...]:
-        """Names in the order of the file."""
-        return tuple(band.name for band in self.bands)
-
-    def select(self, names: Sequence[str] | None = None) -> tuple[Band, ...]:
-        """The named bands in the order asked for; all of them for None.
-
-        Raises:
-            UnknownNameError: a name that the sensor does not have.
-        """
-        if names is None:
-            return self.bands
-        table = {band.name: band for band in self.bands}
-        for name in names:
-            if name not in table:
-                raise UnknownNameError(f"band of sensor {self.name!r}", name, table)
-        return tuple(table[name] for name in names)
-
-    def band_indexes(self, names: Sequence[str] | None = None) -> tuple[int, ...]:
-        """1-based positions in the file of the named bands.
-
-        Raises:
-            UnknownNameError: a name that the sensor does not have.
-        """
-        position = {band.name: index for index, band in enumerate(self.bands, start=1)}
-        return tuple(position[band.name] for band in self.select(names))
-
-
 def get_sensor(name: str) -> Sensor:
     """Looks a sensor up.
 
+    Args:
+        name: a key of `SENSORS`, or the path of a YAML file.
+
     Raises:
         UnknownNameError: no such sensor; the message lists those there are.
+        ConfigError: the file cannot be read or does not describe a sensor.
     """
+    if name.lower().endswith(SUFFIXES):
+        return load_sensor(name)
     if name not in SENSORS:
         raise UnknownNameError("sensor", name, SENSORS)
     return SENSORS[name]
@@ -256,4 +183,4 @@ _RECORDS = (
 )
 
 #: All sensors by name.
-SENSORS: dict[str, Sensor] = {sensor.name: sensor for sensor in _RECORDS}
+SENSORS: dict[str, Sensor] = {sensor.name: sensor for sensor in (*_RECORDS, *SATELLITES)}

@@ -5,9 +5,10 @@ from itertools import islice
 import numpy as np
 import pytest
 from rasterio.windows import Window
+from torch.utils.data import DataLoader
 from torchgeo.samplers import GeoSampler, RandomPatchSampler
 
-from dinov3geo.data.sampling import ChipSampler, IndexSampler
+from dinov3geo.data.sampling import ChipSampler, IndexSampler, SuperblockSampler
 from dinov3geo.data.scenes import SceneDataset
 from dinov3geo.errors import DataError
 from dinov3geo.rasters.reader import aligned_window, inspect_scene
@@ -137,3 +138,78 @@ def test_impossible_samplers(scenes):
         IndexSampler(range(3), seed=0, world_size=4)
     with pytest.raises(DataError, match="at least 1 pixel"):
         chips(scenes, chip_size=0)
+
+
+def blocks(dataset, **changes):
+    small = {"superblock": 20, "chips_per_visit": 4, "shuffled_visits": 3}
+    return SuperblockSampler(
+        dataset, **{"chip_size": 16, "chips_per_epoch": 48, "seed": 3, **small, **changes}
+    )
+
+
+def test_superblocks_give_every_place_and_scene_its_share(scenes):
+    drawn = list(windows(scenes, take(blocks(scenes, chips_per_epoch=12_000), 12_000)))
+    share = np.bincount([number for number, _ in drawn]) / 12_000
+    area = np.array([64 * 80, 32 * 40, 10 * 64])
+    np.testing.assert_allclose(share, area / area.sum(), atol=0.03)
+    rows, cols = np.array([(w.row_off, w.col_off) for number, w in drawn if number == 0]).T
+    assert (rows.min(), rows.max()) == (0, 48) and (cols.min(), cols.max()) == (0, 64)
+    per_row = np.bincount(rows) / len(rows) * 49
+    assert 0.6 < per_row.min() and per_row.max() < 1.5
+
+
+def test_chips_of_a_visit_lie_in_one_superblock_and_are_mixed_with_others(scenes):
+    """Each lane's groups of 3 visits hold 4 chips each of at most 3 superblocks."""
+    lanes, batch = 2, 4
+    drawn = list(windows(scenes, take(blocks(scenes, lanes=lanes, batch_size=batch, seed=1), 48)))
+    cells = [(number, max(w.row_off, 0) // 20, max(w.col_off, 0) // 20) for number, w in drawn]
+    of_lane = [[cells[i] for i in range(48) if i // batch % lanes == lane] for lane in range(lanes)]
+    for lane in of_lane:
+        for start in range(0, len(lane), 12):
+            assert len(set(lane[start : start + 12])) <= 3
+    assert len(set(cells[:4])) > 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_workers_and_resume_of_superblocks(scenes, world_size):
+    whole = take(blocks(scenes), 96)
+    assert len({repr(query) for query in whole[:48]}) > 40
+    options = {"world_size": world_size, "lanes": 2, "batch_size": 3}
+    ranks = [blocks(scenes, rank=rank, **options) for rank in range(world_size)]
+    streams = [take(sampler, 96 // world_size) for sampler in ranks]
+    assert len({repr(query) for stream in streams for query in stream}) > 80
+    for sampler, stream in zip(ranks, streams, strict=True):
+        assert take(sampler, 10, start=31) == stream[31:41]
+        sampler.set_epoch(1)
+        assert list(sampler) == stream[len(sampler) :][: len(sampler)]
+
+
+def test_two_ranks_of_two_workers_read_disjoint_chips_that_cover_the_epoch(scenes):
+    """Through the DataLoader: together they read every position of the epoch once."""
+    everything = []
+    for rank in range(2):
+        sampler = blocks(scenes, rank=rank, world_size=2, lanes=2, batch_size=3)
+        loader = DataLoader(scenes, batch_size=3, sampler=sampler, num_workers=2)
+        everything += [tuple(bounds.tolist()) for batch in loader for bounds in batch["bounds"]]
+    sampler = blocks(scenes, rank=0, world_size=2, lanes=2, batch_size=3)
+    epoch = sampler._draw(np.random.default_rng([3, 0]))
+    expected = [tuple(scenes[epoch[i]]["bounds"].tolist()) for i in range(48)]
+    assert sorted(everything) == sorted(expected)
+
+
+def test_weights_of_scenes(scenes):
+    def share(weights):
+        drawn = windows(scenes, take(chips(scenes, chips_per_epoch=900, weights=weights), 900))
+        return np.bincount([number for number, _ in drawn], minlength=3) / 900
+
+    np.testing.assert_allclose(share("file"), [1 / 3] * 3, atol=0.06)
+    np.testing.assert_allclose(share([0, 3, 1]), [0, 0.75, 0.25], atol=0.06)
+    for weights, message in (
+        ([1, 2], "2 weights for 3 scenes"),
+        ([0, 0, 0], "not all 0"),
+        ("size", "'area'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            chips(scenes, weights=weights)
+    with pytest.raises(DataError, match="lanes must be at least 1"):
+        blocks(scenes, lanes=0)

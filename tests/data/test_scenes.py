@@ -19,7 +19,8 @@ from torchgeo.samplers import GriddedPatchSampler, RandomPatchSampler
 
 from dinov3geo.data import catalog
 from dinov3geo.data.sampling import ChipSampler
-from dinov3geo.data.scenes import SceneDataset, ScenePairs
+from dinov3geo.data.scene_pairs import ScenePairs
+from dinov3geo.data.scenes import SceneDataset
 from dinov3geo.errors import DataError, GeoreferenceError, RasterError, UnknownNameError
 from dinov3geo.rasters.sensors import Band, Sensor
 
@@ -443,7 +444,7 @@ def test_open_files_are_limited_over_all_pools_of_a_process(monkeypatch):
 
     class Reader:
         def __init__(self, path):
-            self.path, self.closed = path, False
+            self.path, self.closed, self.open_bytes = path, False, 10
             opened.append(self)
 
         def close(self):
@@ -458,6 +459,9 @@ def test_open_files_are_limited_over_all_pools_of_a_process(monkeypatch):
     del other
     pool.get("d")
     assert [reader.closed for reader in opened] == [True, True, False, False]
+    monkeypatch.setattr(catalog, "MAX_OPEN_BYTES", 15)
+    pool.get("e")
+    assert [reader.closed for reader in opened] == [True, True, True, True, False]
 
 
 def test_transforms_are_applied(folder):

@@ -15,6 +15,7 @@ from rasterio.windows import Window
 
 from dinov3geo.errors import DataError, GeoreferenceError, RasterError, UserError
 from dinov3geo.rasters import reader as reader_module
+from dinov3geo.rasters import warping
 from dinov3geo.rasters.grid import PixelGrid
 from dinov3geo.rasters.reader import SceneReader, find_rasters, inspect_scene, read_on_grid
 
@@ -234,7 +235,7 @@ def holed(write_raster, **changes):
 
 def test_aligned_grid_is_read_directly(write_raster, monkeypatch):
     path = holed(write_raster)
-    monkeypatch.setattr(reader_module, "_warp", None)
+    monkeypatch.setattr(reader_module, "warp_onto", None)
     grid = inspect_scene(path).grid.window_grid(Window(30, -5, 20, 20))
     numbers, valid = read_on_grid(path, grid)
     with SceneReader(path) as reader:
@@ -256,7 +257,7 @@ def test_nearest_on_a_finer_grid_repeats_pixels(write_raster):
 
 @pytest.mark.parametrize("limit", [2**25, 200])
 def test_average_counts_valid_pixels_only(write_raster, monkeypatch, limit):
-    monkeypatch.setattr(reader_module, "_MAX_SOURCE_PIXELS", limit)
+    monkeypatch.setattr(warping, "_MAX_SOURCE_PIXELS", limit)
     path = holed(write_raster)
     with SceneReader(path) as reader:
         array, mask = whole(reader)
