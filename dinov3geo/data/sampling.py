@@ -103,7 +103,7 @@ class ChipSampler(_Endless[GeoSlice], GeoSampler):
             chips_per_epoch: of all ranks together.
             seed: of the run; two ranks with one seed never draw the same position.
             weights: how often scenes are drawn: in proportion to their area, every file alike, or one number
-                per row of the data set's index (by class or value, see `data.weights`).
+                per row of the data set's index (for example by class or value).
             rank: of this process.
             world_size: number of processes.
 
