@@ -188,7 +188,7 @@ def test_killed_at_twenty_moments_two_processes_end_in_the_bits_of_the_unbroken_
         processes = start("pretrain", str(file), str(broken))
         while steps_logged(broken) == before and processes[0].poll() is None:
             time.sleep(0.005)
-        time.sleep(moment * 1.5)
+        time.sleep(moment * 0.8)
         for process in processes:
             process.kill()
         codes = [(process.communicate(), process.returncode)[1] for process in processes]
