@@ -27,6 +27,7 @@ from dinov3geo.backbones.variants import build_network, variant_of
 from dinov3geo.backbones.zoo import check_complete, load_backbone
 from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.heads.base import Head, OutputSpec
+from dinov3geo.heads.dpt import ResidualUnit
 
 CANOPY_HEIGHT = OutputSpec("canopy_height", unit="m", minimum=0.0, maximum=96.0)
 BLOCKS = (5, 11, 17, 23)
@@ -108,26 +109,13 @@ class _Level(nn.Module):
         return output
 
 
-class _ResidualUnit(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = x + self.second(F.relu(self.first(F.relu(x))))
-        return output
-
-
 class _Fusion(nn.Module):
     """Adds a level to the coarser result, refines the sum and doubles its resolution."""
 
     def __init__(self, shape: Chmv2Shape, *, has_coarser: bool) -> None:
         super().__init__()
-        self.lateral = _ResidualUnit(shape.channels) if has_coarser else None
-        self.refine = _ResidualUnit(shape.channels)
+        self.lateral = ResidualUnit(shape.channels) if has_coarser else None
+        self.refine = ResidualUnit(shape.channels)
         width = shape.channels
         self.project = nn.Conv2d(width, width, 1) if shape.has_projection else nn.Identity()
 

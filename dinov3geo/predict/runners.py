@@ -44,7 +44,8 @@ def canopy_runner(model: HeightModel, *, spread: bool = False, precision: str = 
 
     Args:
         model: backbone and head.
-        spread: also give the standard deviation over `SPREAD_VIEWS`, whose mean is then the height.
+        spread: also give the standard deviation over `SPREAD_VIEWS`. The height stays that of the scene
+            as it lies: a head fitted north up knows less of a turned image.
         precision: a name in `precision.PRECISIONS`.
 
     Returns:
@@ -68,8 +69,7 @@ def canopy_runner(model: HeightModel, *, spread: bool = False, precision: str = 
                     undo_view(prepared.predict(apply_view(numbers, v), apply_view(known, v)).float(), v)
                     for v in SPREAD_VIEWS
                 ]
-                deviation, mean = torch.std_mean(torch.stack(views), dim=0)
-                heights = torch.cat([mean, deviation], dim=1)
+                heights = torch.cat([views[0], torch.stack(views).std(dim=0)], dim=1)
         return np.asarray(heights.cpu().numpy(), dtype=np.float32)
 
     return InParts(run)

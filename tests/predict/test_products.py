@@ -511,7 +511,8 @@ def test_the_uncertainty_is_the_spread_over_flips_and_turns(
         with torch.no_grad():
             heights = model.predict(turned)[0].numpy()
         views.append(np.flip(heights, axes)[0] if axes else heights[0])
-    np.testing.assert_allclose(bands[0], np.mean(views, axis=0), atol=1e-4)
+    # The head may be fitted north up: turns must not change the height itself.
+    np.testing.assert_allclose(bands[0], views[0], atol=1e-4)
     np.testing.assert_allclose(bands[1], np.std(views, axis=0, ddof=1), atol=1e-4)
     assert profile["count"] == 2 and bands[1].max() > 0
 
