@@ -20,6 +20,7 @@ from dinov3geo.commands.models import models
 from dinov3geo.commands.pictures import features, show
 from dinov3geo.commands.pretrain import pretrain
 from dinov3geo.commands.stats import stats
+from dinov3geo.commands.view import view
 from dinov3geo.errors import UserError
 
 USER_ERROR, INTERNAL_ERROR = 2, 1
@@ -40,6 +41,7 @@ app.command()(export)
 app.add_typer(canopy, name="canopy")
 app.command()(features)
 app.add_typer(show, name="show")
+app.command()(view)
 app.command()(zonal)
 app.command()(polygons)
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"data", "features"},
     {"training", "heads"},
     {"predict", "evaluation"},
-    {"config"},
+    {"config", "viewer"},
     {"cli", "commands", "benchmarks"},
     {"__main__"},
 ]

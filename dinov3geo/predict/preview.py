@@ -122,7 +122,7 @@ def read_overview(
     shape_hw = tuple(max(1, round(length / factor)) for length in info.grid.shape_hw)
     try:
         with rasterio.open(path) as dataset:
-            chosen = list(bands or _colour_bands(info))
+            chosen = list(bands or colour_bands(info))
             shape = (len(chosen), *shape_hw)
             values = dataset.read(chosen, out_shape=shape, resampling=Resampling.average)
             # White or black in one band is no hole, so a pixel counts if any of its bands does.
@@ -268,7 +268,7 @@ def round_down(value: float) -> float:
     return float(max(step * power for step in (1, 2, 5) if step * power <= value * (1 + 1e-9)))
 
 
-def _colour_bands(info: SceneInfo) -> tuple[int, ...]:
+def colour_bands(info: SceneInfo) -> tuple[int, ...]:
     """Red, green and blue as the file names them, else the first three, else the first."""
     found = find_bands(info, RGB)
     if found is not None:
