@@ -13,6 +13,7 @@ from dinov3geo import __version__
 from dinov3geo.commands.canopy import canopy
 from dinov3geo.commands.console import note
 from dinov3geo.commands.convert import convert
+from dinov3geo.commands.curate import curate
 from dinov3geo.commands.demo import demo
 from dinov3geo.commands.export import export
 from dinov3geo.commands.maps import polygons, zonal
@@ -36,6 +37,7 @@ app.command()(demo)
 app.command()(models)
 app.command()(pretrain)
 app.command()(stats)
+app.command()(curate)
 app.command()(convert)
 app.command()(export)
 app.add_typer(canopy, name="canopy")

@@ -18,7 +18,7 @@ FLOORS = [
     {"paths"},
     {"rasters", "backbones", "losses"},
     {"data", "features"},
-    {"training", "heads"},
+    {"training", "heads", "curation"},
     {"predict", "evaluation"},
     {"config", "viewer"},
     {"cli", "commands", "benchmarks"},

@@ -16,7 +16,13 @@ import dinov3geo
 # Names that differ between PyPI and conda-forge.
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 # Names that differ between PyPI and the import.
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "rio-tiler": "rio_tiler", "scikit-learn": "sklearn"}
+IMPORT_NAMES = {
+    "faiss-cpu": "faiss",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "rio-tiler": "rio_tiler",
+    "scikit-learn": "sklearn",
+}
 # Only in environment.yml.
 CONDA_ONLY = {"python", "pip"}
 

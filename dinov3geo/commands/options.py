@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from dinov3geo.backbones import base
 
 Backbone = Annotated[
     str | None,
@@ -60,3 +63,11 @@ OutputPicture = Annotated[
 def command_line(context: typer.Context) -> str:
     """The command as it was typed, for the tags of what it writes."""
     return str(context.obj or context.command_path)
+
+
+def load_network(name_or_path: str | None, device: str) -> base.Backbone:
+    """The backbone that is named, or the starter weights, on its device."""
+    from dinov3geo.backbones.device import resolve_device
+    from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
+
+    return load_backbone(name_or_path or DEFAULT_BACKBONE).to(resolve_device(device))

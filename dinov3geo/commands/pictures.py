@@ -17,10 +17,11 @@ from dinov3geo.commands.options import (
     Overwrite,
     Tile,
     command_line,
+    load_network,
 )
 
 if TYPE_CHECKING:
-    from dinov3geo.backbones import base
+    pass
 
 show = typer.Typer(help="Draw pictures of features and heights.", no_args_is_help=True)
 
@@ -62,7 +63,7 @@ def features(
     from dinov3geo.predict.products import predict_features
 
     check_folder(output.parent)
-    network = _load(backbone, device)
+    network = load_network(backbone, device)
     with progress_bar(scene.name) as tell:
         report = predict_features(
             scene,
@@ -101,7 +102,7 @@ def show_pca(
     """Draw a scene beside the principal components of its features."""
     from dinov3geo.predict import pictures
 
-    pictures.show_pca(scene, output, backbone=_load(backbone, device), image_scale=image_scale)
+    pictures.show_pca(scene, output, backbone=load_network(backbone, device), image_scale=image_scale)
     print_pairs([("picture", str(output))])
 
 
@@ -120,7 +121,9 @@ def show_similarity(
     """Draw how similar every patch of a scene is to the patch at a point."""
     from dinov3geo.predict import pictures
 
-    pictures.show_similarity(scene, output, backbone=_load(backbone, device), xy=xy, image_scale=image_scale)
+    pictures.show_similarity(
+        scene, output, backbone=load_network(backbone, device), xy=xy, image_scale=image_scale
+    )
     print_pairs([("picture", str(output))])
 
 
@@ -140,10 +143,3 @@ def show_heights(
     check_picture(output, sources=sources, overwrite=True)
     write_preview(scene, heights, output)
     print_pairs([("picture", str(output))])
-
-
-def _load(name_or_path: str | None, device: str) -> base.Backbone:
-    from dinov3geo.backbones.device import resolve_device
-    from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
-
-    return load_backbone(name_or_path or DEFAULT_BACKBONE).to(resolve_device(device))

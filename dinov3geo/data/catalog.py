@@ -202,23 +202,26 @@ def build_index(
     intervals = pd.IntervalIndex.from_tuples(list(dates), closed="both", name="datetime")
     paths = [str(info.path) for info in infos]
     return gpd.GeoDataFrame(
-        {"filepath": paths}, index=intervals, geometry=footprints(infos, crs), crs=to_pyproj(crs)
+        {"filepath": paths},
+        index=intervals,
+        geometry=footprints([i.grid for i in infos], crs),
+        crs=to_pyproj(crs),
     )
 
 
-def footprints(infos: Sequence[SceneInfo], crs: CRS) -> list[Any]:
-    """The polygon of each scene in one CRS."""
+def footprints(grids: Sequence[PixelGrid], crs: CRS) -> list[Any]:
+    """The polygon of each grid in one CRS."""
     target = to_pyproj(crs)
-    geometries: list[Any] = [None] * len(infos)
+    geometries: list[Any] = [None] * len(grids)
     by_crs: dict[int, list[int]] = {}
-    for row, info in enumerate(infos):
-        by_crs.setdefault(id(info.grid.crs), []).append(row)
+    for row, grid in enumerate(grids):
+        by_crs.setdefault(id(grid.crs), []).append(row)
     for rows in by_crs.values():
-        own = infos[rows[0]].grid.crs
-        boxes = gpd.GeoSeries([shapely.box(*infos[row].grid.bounds) for row in rows], crs=to_pyproj(own))
+        own = grids[rows[0]].crs
+        boxes = gpd.GeoSeries([shapely.box(*grids[row].bounds) for row in rows], crs=to_pyproj(own))
         if own != crs:
             # Straight edges bend under reprojection: follow them at eight points a side.
-            longest = max(max(b[2] - b[0], b[3] - b[1]) for b in (infos[row].grid.bounds for row in rows))
+            longest = max(max(b[2] - b[0], b[3] - b[1]) for b in (grids[row].bounds for row in rows))
             boxes = boxes.segmentize(longest / 8).to_crs(target)
         for row, geometry in zip(rows, boxes, strict=True):
             geometries[row] = geometry

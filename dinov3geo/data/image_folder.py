@@ -10,14 +10,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from dinov3geo.data.indexed import IndexedChips
 from dinov3geo.errors import DataError, RasterError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-class ImageFolder(Dataset[dict[str, Tensor]]):
+class ImageFolder(IndexedChips):
     """All JPEG and PNG files below a folder, hidden ones left out.
 
     A sample has `image` [3, S, S] uint8 and `valid` [S, S] bool (all True), so that images go through the
@@ -27,6 +27,8 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         files: sorted paths.
         classes: sorted names of the folders that directly hold images.
     """
+
+    noun = "images"
 
     def __init__(self, root: str | Path, *, chip_size: int, labels: bool = False) -> None:
         """Lists the files.
@@ -59,6 +61,15 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         """Number of images."""
         return len(self.files)
+
+    @property
+    def band_count(self) -> int:
+        """Red, green and blue."""
+        return 3
+
+    def place(self, index: int) -> str:
+        """The file."""
+        return str(self.files[index])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Reads one image.

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import shapely
@@ -15,10 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dinov3geo.data.chosen import ChosenImages, ChosenScenes, read_chosen
 from dinov3geo.data.dates import Twice, TwoDates
 from dinov3geo.data.image_folder import ImageFolder
+from dinov3geo.data.indexed import IndexedChips, Order
 from dinov3geo.data.ranges import Probability
-from dinov3geo.data.sampling import ChipSampler, IndexSampler, SuperblockSampler
+from dinov3geo.data.sampling import ChipSampler, SuperblockSampler
 from dinov3geo.data.scenes import SceneDataset
 from dinov3geo.errors import ConfigError, DataError, UserError
 from dinov3geo.rasters.sensors import Sensor, get_sensor
@@ -44,6 +46,9 @@ class SourceSettings(BaseModel):
     )
     two_dates: bool = Field(
         False, description="the two global crops show one place on two dates, where there are two"
+    )
+    chips: Path | None = Field(
+        None, description="table of `dinov3geo curate`: only its chips are drawn, by their weights"
     )
     mixed_resolution: bool = Field(False, description="read files of different pixel size, each in its own")
 
@@ -78,11 +83,6 @@ class DataSettings(BaseModel):
         None, description="draw chips in an order that decodes large scenes once; absent: anywhere at random"
     )
     workers: int = Field(1, ge=0, description="processes that read chips; 0 reads in the training process")
-
-
-class _Stream(Protocol):
-    def stream(self, start: int) -> Iterator[Any]:
-        """Keys from a position on."""
 
 
 class MixedChips(Dataset["dict[str, Tensor] | UserError"]):
@@ -124,7 +124,7 @@ class MixedSampler(Sampler[tuple[int, tuple[Any, ...]]]):
 
     def __init__(
         self,
-        samplers: Sequence[_Stream],
+        samplers: Sequence[Order],
         weights: Sequence[float],
         *,
         keys_per_chip: Sequence[int],
@@ -167,7 +167,7 @@ class MixedSampler(Sampler[tuple[int, tuple[Any, ...]]]):
             yield source, tuple(next(streams[source]) for _ in range(self.keys_per_chip[source]))
 
 
-def open_sources(settings: DataSettings) -> list[SceneDataset | ImageFolder]:
+def open_sources(settings: DataSettings) -> list[SceneDataset | IndexedChips]:
     """Opens every source.
 
     Raises:
@@ -175,24 +175,29 @@ def open_sources(settings: DataSettings) -> list[SceneDataset | ImageFolder]:
         ConfigError: a source's numbers have another scale than the network's input.
         UnknownNameError: no such sensor or band.
     """
-    datasets: list[SceneDataset | ImageFolder] = []
-    for source in settings.sources:
-        path = settings.root / source.path
-        if source.kind == "images":
-            datasets.append(ImageFolder(path, chip_size=settings.chip_size))
-        else:
-            sensor = get_sensor(source.sensor or settings.sensor)
-            _check_scale(sensor, settings)
-            datasets.append(
-                SceneDataset(
-                    path,
-                    sensor=sensor,
-                    bands=network_bands(settings),
-                    allow_mixed_resolution=source.mixed_resolution,
-                    time=source.time,
-                )
-            )
-    return datasets
+    return [_open_source(source, settings) for source in settings.sources]
+
+
+def _open_source(source: SourceSettings, settings: DataSettings) -> SceneDataset | IndexedChips:
+    path = settings.root / source.path
+    table = None if source.chips is None else read_chosen(source.chips)
+    if source.kind == "images":
+        folder = ImageFolder(path, chip_size=settings.chip_size)
+        return folder if table is None else ChosenImages(folder, table)
+    sensor = get_sensor(source.sensor or settings.sensor)
+    _check_scale(sensor, settings)
+    scenes = SceneDataset(
+        path,
+        sensor=sensor,
+        bands=network_bands(settings),
+        allow_mixed_resolution=source.mixed_resolution,
+        time=source.time,
+    )
+    if table is None:
+        return scenes
+    if source.two_dates:
+        raise ConfigError("two_dates draws places anew; it does not go with a table of chosen chips")
+    return ChosenScenes(scenes, table, chip_size=settings.chip_size, source=path)
 
 
 def _check_scale(sensor: Sensor, settings: DataSettings) -> None:
@@ -214,7 +219,7 @@ def network_bands(settings: DataSettings) -> tuple[str, ...]:
 
 
 def chip_loader(
-    datasets: Sequence[SceneDataset | ImageFolder],
+    datasets: Sequence[SceneDataset | IndexedChips],
     settings: DataSettings,
     *,
     batch_size: int,
@@ -257,7 +262,7 @@ def chip_loader(
 
 
 def locate_chips(
-    datasets: Sequence[SceneDataset | ImageFolder],
+    datasets: Sequence[SceneDataset | IndexedChips],
     settings: DataSettings,
     *,
     batch_size: int,
@@ -279,9 +284,9 @@ def locate_chips(
     return ["; ".join(_place(datasets[source], key) for key in keys) for source, keys in addresses]
 
 
-def _place(dataset: SceneDataset | ImageFolder, key: Any) -> str:  # noqa: ANN401 (an index or a query)
-    if isinstance(dataset, ImageFolder):
-        return str(dataset.files[key])
+def _place(dataset: SceneDataset | IndexedChips, key: Any) -> str:  # noqa: ANN401 (an index or a query)
+    if isinstance(dataset, IndexedChips):
+        return dataset.place(key)
     x, y = key[:2]
     index = dataset.index
     touched = index[index.geometry.intersects(shapely.box(x.start, y.start, x.stop, y.stop))]
@@ -290,7 +295,7 @@ def _place(dataset: SceneDataset | ImageFolder, key: Any) -> str:  # noqa: ANN40
 
 
 def _mixed_sampler(
-    datasets: Sequence[SceneDataset | ImageFolder],
+    datasets: Sequence[SceneDataset | IndexedChips],
     settings: DataSettings,
     batch_size: int,
     *,
@@ -299,20 +304,20 @@ def _mixed_sampler(
     rank: int,
     world_size: int,
 ) -> MixedSampler:
-    samplers: list[_Stream] = []
+    samplers: list[Order] = []
     for number, dataset in enumerate(datasets):
         own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         shard: dict[str, Any] = {"seed": own_seed, "rank": rank, "world_size": world_size}
-        if isinstance(dataset, ImageFolder):
-            samplers.append(IndexSampler(dataset, **shard))
+        if isinstance(dataset, IndexedChips):
+            samplers.append(dataset.order(**shard))
         else:
             samplers.append(_scene_sampler(dataset, settings, batch_size, shard))
     weights = [source.weight for source in settings.sources]
-    keys = [1 if isinstance(dataset, ImageFolder) else _KEYS_PER_SCENE_CHIP for dataset in datasets]
+    keys = [1 if isinstance(dataset, IndexedChips) else _KEYS_PER_SCENE_CHIP for dataset in datasets]
     return MixedSampler(samplers, weights, keys_per_chip=keys, seed=seed, rank=rank, start=start)
 
 
-def _views(datasets: Sequence[SceneDataset | ImageFolder], settings: DataSettings) -> list[Any]:
+def _views(datasets: Sequence[SceneDataset | IndexedChips], settings: DataSettings) -> list[Any]:
     """The data sets as they are read: with one view of a place, or with two if any source has two dates."""
     if not any(source.two_dates for source in settings.sources):
         return list(datasets)
@@ -356,15 +361,15 @@ def _leave_signals_to_the_trainer(_worker: int) -> None:
     os.setpgid(0, 0)
 
 
-def check_bands(datasets: Sequence[SceneDataset | ImageFolder], settings: DataSettings) -> None:
+def check_bands(datasets: Sequence[SceneDataset | IndexedChips], settings: DataSettings) -> None:
     """Images have three bands, so they go with a sensor of three.
 
     Raises:
         DataError: an image folder under a sensor with another number of bands.
     """
     names = network_bands(settings)
-    if len(names) != 3 and any(isinstance(dataset, ImageFolder) for dataset in datasets):
+    for count in {d.band_count for d in datasets if isinstance(d, IndexedChips)} - {None, len(names)}:
         raise DataError(
-            f"image folders give 3 bands but sensor {settings.sensor!r} has {len(names)} ({', '.join(names)}"
-            "); set data.bands to three of them or use another sensor"
+            f"image folders give {count} bands but sensor {settings.sensor!r} has {len(names)} "
+            f"({', '.join(names)}); set data.bands to three of them or use another sensor"
         )

@@ -216,7 +216,7 @@ def _overlapping_images(images: list[SceneInfo]) -> Iterator[tuple[int, int]]:
             yield members[one], members[other]
     if len(by_crs) > 1:
         # Neighbours that only touch may overlap a little here; within one CRS that has been settled.
-        for one, other in _overlapping(footprints(images, EQUAL_AREA)):
+        for one, other in _overlapping(footprints([info.grid for info in images], EQUAL_AREA)):
             if images[one].grid.crs != images[other].grid.crs:
                 yield one, other
 

@@ -275,6 +275,34 @@ class IndexSampler(_Endless[int]):
         return cast(list[int], generator.permutation(self._epoch_length).tolist())
 
 
+class WeightedSampler(_Endless[int]):
+    """Indexes drawn in proportion to weights: in each epoch as many as there are, some of them repeatedly."""
+
+    def __init__(
+        self, weights: NDArray[np.float64], *, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Keeps the weights.
+
+        Args:
+            weights: [N] at least 0, not all 0.
+            seed: of the run.
+            rank: of this process.
+            world_size: number of processes.
+
+        Raises:
+            DataError: no such rank, fewer samples than ranks, or weights that cannot be.
+        """
+        super().__init__(len(weights), seed=seed, rank=rank, world_size=world_size)
+        # Where each index begins on a line of the length of the epoch.
+        self._ends = np.cumsum(_probabilities(weights, np.asarray(weights)))
+
+    def _draw(self, generator: np.random.Generator) -> Sequence[int]:
+        # Evenly spaced points with one random shift: an index comes as often as its weight says, within one.
+        points = (np.arange(self._epoch_length) + generator.random()) / self._epoch_length
+        drawn = np.searchsorted(self._ends, points * self._ends[-1], side="right")
+        return cast(list[int], generator.permutation(np.minimum(drawn, len(self._ends) - 1)).tolist())
+
+
 class _Queries(Sequence[GeoSlice]):
     """Queries from arrays, made only when asked for."""
 

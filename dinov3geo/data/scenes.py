@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,9 +36,7 @@ from dinov3geo.errors import DataError
 from dinov3geo.rasters.blocks import BLOCKS
 from dinov3geo.rasters.crs import to_pyproj, to_rasterio, transformer
 from dinov3geo.rasters.grid import PixelGrid, aligned_window
-from dinov3geo.rasters.reader import (
-    read_on_grid,
-)
+from dinov3geo.rasters.reader import SceneInfo, read_on_grid
 from dinov3geo.rasters.sensors import Sensor, get_sensor
 from dinov3geo.rasters.warped import WarpedScene
 
@@ -236,6 +234,27 @@ class SceneDataset(RasterDataset):
             first, grid = self._own_grid(rows, grid)
             rows = [first, *(row for row in rows if row != first)]
         return *self._mosaic(rows, grid), grid
+
+    @property
+    def infos(self) -> Mapping[Path, SceneInfo]:
+        """Headers of the scenes, by path and in order."""
+        return self._infos
+
+    def read_window(self, path: Path, row: int, col: int, size_hw: tuple[int, int]) -> tuple[Array, Mask]:
+        """Numbers [C, h, w] and mask [h, w] of a window of one scene, in that scene's own pixels.
+
+        Args:
+            path: of a scene of the data set.
+            row: first row, counted southwards; the window may reach beyond the scene.
+            col: first column.
+            size_hw: rows and columns.
+        """
+        return self._read_scene(path, self.window_grid(path, row, col, size_hw))
+
+    def window_grid(self, path: Path, row: int, col: int, size_hw: tuple[int, int]) -> PixelGrid:
+        """Where the pixels of `read_window` lie."""
+        own = self._infos[path].grid.southward()
+        return own.window_grid(Window(col, row, size_hw[1], size_hw[0]))
 
     def read_on(self, grid: PixelGrid, start: Any = None, stop: Any = None) -> tuple[Array, Mask]:  # noqa: ANN401
         """Reads on any grid; pixels where no scene of that time lies are not valid.

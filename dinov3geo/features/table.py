@@ -10,26 +10,11 @@ from typing import Any
 import numpy as np
 import shapely
 
-from dinov3geo.errors import ConfigError, RasterError
+from dinov3geo.errors import RasterError
 from dinov3geo.features.store import Floats, Mask, StoredType
 from dinov3geo.paths import check_free
 from dinov3geo.rasters.grid import PixelGrid
-
-
-def import_pyarrow() -> Any:  # noqa: ANN401 (a module that may not be installed)
-    """The package pyarrow with its Parquet part.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError(
-            "feature tables need pyarrow; install it: pip install 'dinov3geo[stores]'"
-        ) from error
-    return pyarrow
+from dinov3geo.rasters.parquet import geo_metadata, import_pyarrow
 
 
 class TableWriter:
@@ -50,7 +35,7 @@ class TableWriter:
         overwrite: bool = False,
     ) -> None:
         """Checks the place; arguments as `ZarrWriter`."""
-        self._arrow = import_pyarrow()
+        self._arrow = import_pyarrow("feature tables")
         check_free(path, overwrite=overwrite)
         self.path, self.grid, self.names, self.stored = path, grid, tuple(names), stored
         self._temporary = path.with_name(f".{path.name}.unfinished")
@@ -111,12 +96,7 @@ class TableWriter:
             ("features", arrow.list_(number, len(self.names))),
             ("geometry", arrow.binary()),
         ]
-        crs = json.loads(self._projjson())
-        geo = {
-            "version": "1.1.0",
-            "primary_column": "geometry",
-            "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Point"], "crs": crs}},
-        }
+        geo = geo_metadata(json.loads(self._projjson()), ["Point"])
         facts = {"scale": repr(self.stored.scale), "transform": json.dumps(list(self.grid.transform)[:6])}
         return arrow.schema(columns, metadata={**attributes, **facts, "geo": json.dumps(geo)})
 

@@ -9,7 +9,7 @@ import torch
 from dinov3geo.backbones.device import resolve_device
 from dinov3geo.backbones.zoo import BUNDLED
 from dinov3geo.data.crops import CropSettings
-from dinov3geo.data.image_folder import ImageFolder
+from dinov3geo.data.indexed import IndexedChips
 from dinov3geo.data.mixture import check_bands, network_bands, open_sources
 from dinov3geo.training.checkpoint import locate_checkpoint
 from dinov3geo.training.continuing import check_out
@@ -49,7 +49,7 @@ def describe(
     datasets = open_sources(settings.data)
     check_bands(datasets, settings.data)
     for source, dataset in zip(settings.data.sources, datasets, strict=True):
-        noun = "images" if isinstance(dataset, ImageFolder) else "scenes"
+        noun = dataset.noun if isinstance(dataset, IndexedChips) else "scenes"
         lines.append((f"data {source.path}", f"{len(dataset):,} {noun}"))
     lines.append(("bands", ", ".join(network_bands(settings.data))))
     backbone, heads = count_parameters(settings)

@@ -18,7 +18,6 @@ from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.backbones.zoo import RUN_EXPORT, save_backbone
 from dinov3geo.data.crops import CropBatch
 from dinov3geo.data.mixture import check_bands, chip_loader, locate_chips, open_sources
-from dinov3geo.data.scenes import SceneDataset
 from dinov3geo.errors import DataError
 from dinov3geo.training import checkpoint as checkpoints
 from dinov3geo.training.continuing import check_out, check_same_run
@@ -162,7 +161,7 @@ class Trainer:
 
     def card(self) -> BackboneCard:
         """What a user of the exported weights must know."""
-        sizes = [dataset.gsd_range_m for dataset in self.datasets if isinstance(dataset, SceneDataset)]
+        sizes = [size for size in (dataset.gsd_range_m for dataset in self.datasets) if size is not None]
         export = self.settings.export
         return BackboneCard(
             name=self.settings.name,
