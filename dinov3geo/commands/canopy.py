@@ -21,6 +21,7 @@ from dinov3geo.commands.options import (
     BatchSize,
     Cache,
     Changes,
+    Compile,
     Device,
     Engine,
     Epochs,
@@ -200,7 +201,7 @@ def predict(
     ] = None,
     tile: Tile = 512,
     overlap: Overlap = 128,
-    batch_size: BatchSize = 4,
+    batch_size: BatchSize = None,
     integer: Annotated[
         str | None,
         typer.Option(
@@ -214,6 +215,7 @@ def predict(
         typer.Option("--uncertainty", help="Add a band: spread over four flips and turns [m]. 4 x slower."),
     ] = False,
     precision: Precision = "auto",
+    compiled: Compile = False,
     engine: Engine = "local",
     preview: Annotated[
         Path | None,
@@ -258,6 +260,7 @@ def predict(
                 integer=integer,
                 uncertainty=uncertainty,
                 precision=precision,
+                compiled=compiled,
                 engine=engine,
                 overwrite=overwrite,
                 preview=picture,

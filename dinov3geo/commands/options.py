@@ -23,7 +23,16 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing f
 Seed = Annotated[int | None, typer.Option(min=0, help="Of everything random.", show_default="0")]
 Tile = Annotated[int, typer.Option(min=1, help="Side of the square read at a time, pixels.")]
 Overlap = Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share and blend.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Tiles per forward pass.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tiles per forward pass.", show_default="4 on the CPU, by the memory of a GPU"),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="Compile the backbone (torch.compile): a minute first, then faster on a GPU."
+    ),
+]
 Precision = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU that gains), float32 or bfloat16.")]
 Engine = Annotated[
     str, typer.Option(help="local, or ray: the workers of a Ray cluster (RAY_ADDRESS, else this machine).")

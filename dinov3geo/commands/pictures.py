@@ -11,6 +11,7 @@ from dinov3geo.commands.console import check_folder, format_seconds, print_pairs
 from dinov3geo.commands.options import (
     Backbone,
     BatchSize,
+    Compile,
     Device,
     OutputPicture,
     Overlap,
@@ -55,7 +56,8 @@ def features(
     ] = 1.0,
     tile: Tile = 512,
     overlap: Overlap = 128,
-    batch_size: BatchSize = 4,
+    batch_size: BatchSize = None,
+    compiled: Compile = False,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -75,6 +77,7 @@ def features(
             tile=tile,
             overlap=overlap,
             batch_size=batch_size,
+            compiled=compiled,
             overwrite=overwrite,
             progress=tell,
             command=command_line(context),

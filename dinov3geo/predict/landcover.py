@@ -17,6 +17,7 @@ from shapely.geometry import shape
 
 from dinov3geo.errors import ConfigError, RasterError
 from dinov3geo.paths import check_target
+from dinov3geo.predict.batches import batch_that_fits
 from dinov3geo.predict.checks import ModelInput
 from dinov3geo.predict.encodings import Encoding, class_encoding, entropy_encoding, probability_encoding
 from dinov3geo.predict.engines import Progress, check_engine, write_maps
@@ -55,8 +56,9 @@ def predict_landcover(
     probabilities: str | Path | None = None,
     tile: int = 512,
     overlap: int = 128,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     precision: str = "auto",
+    compiled: bool = False,
     engine: str = "local",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -76,8 +78,9 @@ def predict_landcover(
         probabilities: GeoTIFF of the probabilities in percent to write, one band per class, or None.
         tile: side of a tile in pixels.
         overlap: pixels that neighbouring tiles share and are blended over.
-        batch_size: tiles per forward pass.
+        batch_size: tiles per forward pass; None for as many as suit the device.
         precision: see `predict_canopy`.
+        compiled: likewise.
         engine: see `predict_canopy`.
         overwrite: whether existing outputs may be replaced.
         progress: told about tiles done.
@@ -104,14 +107,15 @@ def predict_landcover(
         raise ConfigError("classes, uncertainty and probabilities need names of their own")
     for path, _ in outputs:
         check_target(path, sources=(scene,), overwrite=overwrite)
+    batch_size = batch_that_fits(model.backbone, tile) if batch_size is None else batch_size
     job = prepare(scene, wanted, tile, overlap, batch_size)
-    make_runner = functools.partial(class_runner, model, precision=precision)
+    make_runner = functools.partial(class_runner, model, precision=precision, compiled=compiled)
     make_runner()  # raises for settings that make no sense
     outcome = write_maps(
         outputs,
         job.task(make_runner, len(names)),
         job.grid,
-        job={**model_facts(model), "precision": precision},
+        job={**model_facts(model), "precision": precision, "compiled": compiled},
         engine=engine,
         overwrite=overwrite,
         progress=progress,

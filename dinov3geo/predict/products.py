@@ -17,6 +17,7 @@ from dinov3geo.features.store import STORED, StoredType
 from dinov3geo.features.visualize import PcaBasis, fit_pca
 from dinov3geo.heads.base import HeightModel
 from dinov3geo.paths import check_target
+from dinov3geo.predict.batches import batch_that_fits
 from dinov3geo.predict.checks import ModelInput, check_picture
 from dinov3geo.predict.encodings import feature_encoding, height_encoding
 from dinov3geo.predict.engines import Progress, check_engine, write_map
@@ -91,10 +92,11 @@ def predict_canopy(
     model: HeightModel,
     tile: int = 512,
     overlap: int = 128,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     integer: str | None = None,
     uncertainty: bool = False,
     precision: str = "auto",
+    compiled: bool = False,
     engine: str = "local",
     overwrite: bool = False,
     preview: str | Path | None = None,
@@ -114,11 +116,12 @@ def predict_canopy(
         model: backbone and head, on the device to compute on.
         tile: side of a tile in pixels.
         overlap: pixels that neighbouring tiles share and are blended over.
-        batch_size: tiles per forward pass.
+        batch_size: tiles per forward pass; None for as many as suit the device.
         integer: "dm" for decimetres as uint16 or "m" for metres as uint8 (nodata is their largest number).
         uncertainty: write a second band, the standard deviation over four flips and turns [m]; takes four
             times as long.
         precision: "auto" (bfloat16 on a GPU that gains from it), "float32" or "bfloat16".
+        compiled: let torch.compile fuse what lies within each block; the first tiles then take long.
         engine: "local", or "ray" for the workers of a Ray cluster.
         overwrite: whether an existing output or preview may be replaced.
         preview: PNG to write beside it, or None.
@@ -143,10 +146,13 @@ def predict_canopy(
     encoding = height_encoding(
         model.output, integer=integer, uncertainty=uncertainty, tags=file_tags(wanted.name, command)
     )
-    make_runner = functools.partial(canopy_runner, model, spread=uncertainty, precision=precision)
+    make_runner = functools.partial(
+        canopy_runner, model, spread=uncertainty, precision=precision, compiled=compiled
+    )
     make_runner()  # raises for settings that make no sense
+    batch_size = batch_that_fits(model.backbone, tile) if batch_size is None else batch_size
     job = prepare(scene, wanted, tile, overlap, batch_size)
-    facts = {**model_facts(model), "uncertainty": uncertainty, "precision": precision}
+    facts = {**model_facts(model), "uncertainty": uncertainty, "precision": precision, "compiled": compiled}
     outcome = write_map(
         output,
         job.task(make_runner, encoding.inputs),
@@ -185,7 +191,8 @@ def predict_features(
     image_scale: float = 1.0,
     tile: int = 512,
     overlap: int = 128,
-    batch_size: int = 4,
+    batch_size: int | None = None,
+    compiled: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     command: str = "",
@@ -205,7 +212,8 @@ def predict_features(
         image_scale: the scene is made this many times larger before the backbone sees it.
         tile: side of a tile in pixels, rounded down to whole patches.
         overlap: pixels that neighbouring tiles share, rounded down to whole patches.
-        batch_size: tiles per forward pass.
+        batch_size: tiles per forward pass; None for as many as suit the device.
+        compiled: see `predict_canopy`.
         overwrite: whether an existing output may be replaced.
         progress: told about tiles done.
         command: written into the file's tags.
@@ -223,8 +231,10 @@ def predict_features(
     _check_features(output, backbone.embed_dim if pca is None else pca, dtype, is_store=is_store)
     if output.suffix.lower() != ".zarr":
         check_target(output, sources=(scene,), overwrite=overwrite)
+    if batch_size is None:
+        batch_size = batch_that_fits(backbone, tile, image_scale=image_scale)
     job = prepare(scene, wanted, tile, overlap, batch_size, stride=stride)
-    make_features = functools.partial(feature_runner, backbone, image_scale=image_scale)
+    make_features = functools.partial(feature_runner, backbone, image_scale=image_scale, compiled=compiled)
     names = tuple(f"feature {number}" for number in range(backbone.embed_dim))
     make_runner: Callable[[], RunTiles] = make_features
     explained: tuple[float, ...] = ()
@@ -244,7 +254,12 @@ def predict_features(
             output, task, job.cells, names, stored, attributes=tags, overwrite=overwrite, progress=progress
         )
     else:
-        facts = {"weights": weights_digest(backbone), "pca": pca, "image_scale": image_scale}
+        facts = {
+            "weights": weights_digest(backbone),
+            "pca": pca,
+            "image_scale": image_scale,
+            "compiled": compiled,
+        }
         encoding = feature_encoding(names, stored, tags=tags)
         outcome = write_map(
             output, task, job.cells, encoding, job=facts, overwrite=overwrite, progress=progress

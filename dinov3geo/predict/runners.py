@@ -39,7 +39,9 @@ SPREAD_VIEWS = (0, 1, 2, 3)
 """Flips and the half turn: they keep the shape of a tile."""
 
 
-def canopy_runner(model: HeightModel, *, spread: bool = False, precision: str = "auto") -> RunTiles:
+def canopy_runner(
+    model: HeightModel, *, spread: bool = False, precision: str = "auto", compiled: bool = False
+) -> RunTiles:
     """Heights in metres of images [B, C, h, w], on the model's device.
 
     Args:
@@ -47,6 +49,7 @@ def canopy_runner(model: HeightModel, *, spread: bool = False, precision: str = 
         spread: also give the standard deviation over `SPREAD_VIEWS`. The height stays that of the scene
             as it lies: a head fitted north up knows less of a turned image.
         precision: a name in `precision.PRECISIONS`.
+        compiled: let torch.compile fuse what lies within each block; the first tiles then take long.
 
     Returns:
         A function to [B, 1, h, w], or [B, 2, h, w] with the spread.
@@ -57,7 +60,7 @@ def canopy_runner(model: HeightModel, *, spread: bool = False, precision: str = 
     device = _device(model.backbone)
     dtype = choose_dtype(precision, device)
     prepared = copy.copy(model)
-    prepared.backbone = _prepare(model.backbone, dtype)
+    prepared.backbone = _prepare(model.backbone, dtype, compiled=compiled)
 
     def run(images: Array, valid: Mask) -> Floats:
         numbers, known = _tensor(images, device), torch.from_numpy(valid).to(device)
@@ -75,11 +78,13 @@ def canopy_runner(model: HeightModel, *, spread: bool = False, precision: str = 
     return InParts(run)
 
 
-def feature_runner(backbone: Backbone, *, image_scale: float = 1.0, precision: str = "auto") -> RunTiles:
+def feature_runner(
+    backbone: Backbone, *, image_scale: float = 1.0, precision: str = "auto", compiled: bool = False
+) -> RunTiles:
     """Normed patch features [B, D, h / s, w / s] of the last block, s = patch size / image scale."""
     device = _device(backbone)
     dtype = choose_dtype(precision, device)
-    prepared = _prepare(backbone, dtype)
+    prepared = _prepare(backbone, dtype, compiled=compiled)
     last = (backbone.num_blocks - 1,)
 
     def run(images: Array, valid: Mask) -> Floats:
@@ -96,12 +101,12 @@ def feature_runner(backbone: Backbone, *, image_scale: float = 1.0, precision: s
     return InParts(run)
 
 
-def class_runner(model: ClassModel, *, precision: str = "auto") -> RunTiles:
+def class_runner(model: ClassModel, *, precision: str = "auto", compiled: bool = False) -> RunTiles:
     """Class probabilities [B, K, h, w] of images [B, C, h, w], on the model's device."""
     device = _device(model.backbone)
     dtype = choose_dtype(precision, device)
     prepared = copy.copy(model)
-    prepared.backbone = _prepare(model.backbone, dtype)
+    prepared.backbone = _prepare(model.backbone, dtype, compiled=compiled)
 
     def run(images: Array, valid: Mask) -> Floats:
         numbers, known = _tensor(images, device), torch.from_numpy(valid).to(device)
@@ -143,9 +148,11 @@ class InParts:
             torch.cuda.empty_cache()
 
 
-def _prepare(backbone: Backbone, dtype: torch.dtype) -> Backbone:
+def _prepare(backbone: Backbone, dtype: torch.dtype, *, compiled: bool) -> Backbone:
     """The backbone as it computes fastest: packed on the CPU, elsewhere as it is, under autocast."""
-    return for_inference(backbone, dtype=dtype) if _device(backbone).type == "cpu" else backbone
+    if not compiled and _device(backbone).type != "cpu":
+        return backbone
+    return for_inference(backbone, dtype=dtype, compiled=compiled)
 
 
 def pca_runner(features: RunTiles, basis: PcaBasis) -> RunTiles:

@@ -17,6 +17,7 @@ from dinov3geo.backbones.zoo import VARIANTS, build_backbone, build_network, bui
 from dinov3geo.errors import ConfigError, DataError, UnknownNameError
 
 SIZES = [(224, 224), (96, 160), (90, 150)]
+REAL_SIZES = [(224, 224), (512, 384), (250, 330)]
 RELEASED = ["vit_small", "vit_small_plus", "vit_base", "vit_large", "vit_huge_plus"]
 CONVNEXTS = [name for name in VARIANTS if name.startswith("convnext")]
 BLOCKS = 2
@@ -102,29 +103,37 @@ def test_equals_transformers(variant: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["vit_large", "vit_huge_plus"])
-def test_equals_transformers_at_other_sizes(variant: str) -> None:
-    check_transformers(few_blocks(variant), [(224, 224), (512, 384), (250, 330)])
+@pytest.mark.parametrize("variant", [*RELEASED, "vit_7b"])
+def test_equals_transformers_at_real_sizes(variant: str) -> None:
+    check_transformers(few_blocks(variant, 1 if variant == "vit_7b" else BLOCKS), REAL_SIZES)
 
 
-@pytest.mark.slow
-def test_one_block_of_the_largest_equals_transformers() -> None:
-    check_transformers(few_blocks("vit_7b", 1), [(96, 64)])
-
-
-@pytest.mark.parametrize("name", ["small", "small_plus", "base", "large", "huge_plus"])
-def test_equals_timm(name: str) -> None:
+def check_timm(name: str, blocks: int, sizes: list[tuple[int, int]]) -> None:
     timm = pytest.importorskip("timm")
-    oracle = timm.create_model(f"vit_{name}_patch16_dinov3_qkvb", depth=BLOCKS, dynamic_img_size=True).eval()
+    oracle = timm.create_model(f"vit_{name}_patch16_dinov3_qkvb", depth=blocks, dynamic_img_size=True).eval()
     randomise(oracle)
     backbone = convert_and_load(oracle)
-    for size_hw in SIZES[1:]:
+    for size_hw in sizes:
         images = torch.randn(1, 3, *size_hw)
         expected = oracle.forward_features(padded(images, 16))
         features = backbone(images)
         close(features.cls, expected[:, 0])
         close(features.registers, expected[:, 1:5])
         close(features.patches, expected[:, 5:])
+
+
+TIMM_VITS = ["small", "small_plus", "base", "large", "huge_plus"]
+
+
+@pytest.mark.parametrize("name", TIMM_VITS)
+def test_equals_timm(name: str) -> None:
+    check_timm(name, BLOCKS, SIZES[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIMM_VITS)
+def test_equals_timm_at_real_sizes(name: str) -> None:
+    check_timm(name, BLOCKS, REAL_SIZES)
 
 
 def test_timm_without_biases_gets_zeros() -> None:
@@ -201,6 +210,19 @@ def test_convnext_equals_timm(variant: str) -> None:
     backbone = convert_and_load(oracle)
     images = torch.randn(1, 3, 96, 150)
     close(backbone(images).cls, oracle(padded(images, 32)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", CONVNEXTS)
+def test_convnexts_equal_both_at_real_sizes(variant: str) -> None:
+    oracle, other = transformers_convnext(shallow(variant)), timm_convnext(shallow(variant))
+    backbone, same = convert_and_load(oracle), convert_and_load(other)
+    for size_hw in REAL_SIZES:
+        images = torch.randn(1, 3, *size_hw)
+        expected = oracle(padded(images, 32)).last_hidden_state
+        close(backbone(images).cls, expected[:, 0])
+        close(backbone(images).patches, expected[:, 1:])
+        close(same(images).cls, other(padded(images, 32)))
 
 
 @pytest.mark.slow

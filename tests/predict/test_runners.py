@@ -54,3 +54,17 @@ def test_precision_of_the_verbs(osbs_scene: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="float32"):
         heights("e.tif", "--precision", "float16")
     assert not (tmp_path / "e.tif").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_gives_the_same_maps(osbs_scene: Path, tmp_path: Path) -> None:
+    maps = {}
+    for name, words in {"eager": (), "compiled": ("--compile",)}.items():
+        for verb in (["canopy", "predict"], ["features"]):
+            file = tmp_path / f"{name}_{verb[0]}.tif"
+            command = [*verb, str(osbs_scene), "-o", str(file), "--tile", "256", *words]
+            assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+            with rasterio.open(file) as raster:
+                maps[name, verb[0]] = raster.read()
+    for verb in ("canopy", "features"):
+        np.testing.assert_allclose(maps["compiled", verb], maps["eager", verb], atol=1e-3)
