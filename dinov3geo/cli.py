@@ -16,6 +16,7 @@ from dinov3geo.commands.convert import convert
 from dinov3geo.commands.curate import curate
 from dinov3geo.commands.demo import demo
 from dinov3geo.commands.export import export
+from dinov3geo.commands.landcover import landcover
 from dinov3geo.commands.maps import polygons, zonal
 from dinov3geo.commands.models import models
 from dinov3geo.commands.pictures import features, show
@@ -41,6 +42,7 @@ app.command()(curate)
 app.command()(convert)
 app.command()(export)
 app.add_typer(canopy, name="canopy")
+app.add_typer(landcover, name="landcover")
 app.command()(features)
 app.add_typer(show, name="show")
 app.command()(view)

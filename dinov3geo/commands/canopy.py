@@ -274,12 +274,13 @@ def predict(
     print_reports(reports)
 
 
-def plan_outputs(scenes: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
+def plan_outputs(scenes: Sequence[Path], output: Path, *, product: str = PRODUCT) -> list[tuple[Path, Path]]:
     """Scenes with the files to write.
 
     Args:
         scenes: at least one.
         output: a file (.tif, .tiff) for one scene; else a folder.
+        product: what the files of a folder are called after.
 
     Raises:
         ConfigError: several scenes and one file, or two scenes of one name.
@@ -288,7 +289,7 @@ def plan_outputs(scenes: Sequence[Path], output: Path) -> list[tuple[Path, Path]
         if len(scenes) > 1:
             raise ConfigError(f"{len(scenes)} scenes cannot go into one file {output}; give a folder to -o")
         return [(scenes[0], output)]
-    jobs = [(scene, output / f"{scene.stem}_{PRODUCT}.tif") for scene in scenes]
+    jobs = [(scene, output / f"{scene.stem}_{product}.tif") for scene in scenes]
     sources: dict[Path, Path] = {}
     for scene, target in jobs:
         if target in sources:
@@ -379,7 +380,7 @@ def print_plan(images: list[str], heights: list[str], settings: CanopySettings, 
             ("pairs", str(len(match.pairs))),
             ("plots", str(len({pair.group for pair in match.pairs}))),
             ("images without heights", str(len(match.unmatched_images))),
-            ("heights without image", str(len(match.unmatched_heights))),
+            ("heights without image", str(len(match.unmatched_targets))),
         ]
     )
 

@@ -48,7 +48,8 @@ def models(
 def _bundled_cards() -> dict[str, dict[str, Any]]:
     """The card of every bundled model, with its kind and the size of its weights."""
     from dinov3geo.backbones.zoo import BUNDLED as BACKBONES
-    from dinov3geo.heads.canopy import BUNDLED_MODELS, CARD_FILE, HEAD_FILE
+    from dinov3geo.heads.canopy import BUNDLED_MODELS
+    from dinov3geo.heads.folders import CARD_FILE, HEAD_FILE
 
     places = [("backbone", name, path, path.with_suffix(".json")) for name, path in BACKBONES.items()]
     places += [

@@ -1,4 +1,4 @@
-"""Images and height rasters, matched by where they lie on the ground."""
+"""Images and rasters of what is to be predicted, matched by where they lie on the ground."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _TOLERANCE_PX = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
-class HeightPair:
-    """A window of an image and the grid on which its heights are wanted.
+class RasterPair:
+    """A window of an image and the grid on which heights or classes are wanted.
 
     Attributes:
         image: raster file.
-        heights: raster file with canopy heights in metres.
+        target: raster file with canopy heights in metres, or with classes.
         window: of the image, in whole pixels; a multiple of `factor` each way.
         factor: k, image pixels per cell of `grid`.
         grid: the window's grid, k times coarser.
@@ -46,7 +46,7 @@ class HeightPair:
     """
 
     image: Path
-    heights: Path
+    target: Path
     window: Window
     factor: int
     grid: PixelGrid
@@ -60,14 +60,14 @@ class PairArrays:
     Attributes:
         image: [C, H, W] in the file's dtype.
         valid: [H, W] bool.
-        heights: [H / k, W / k] float32 metres, 0 where not valid.
-        heights_valid: [H / k, W / k] bool.
+        target: [H / k, W / k] float32 metres or uint8 classes, 0 where not valid.
+        target_valid: [H / k, W / k] bool.
     """
 
     image: NDArray[Any]
     valid: NDArray[np.bool_]
-    heights: NDArray[np.float32]
-    heights_valid: NDArray[np.bool_]
+    target: NDArray[Any]
+    target_valid: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,60 +75,64 @@ class PairMatch:
     """Result of matching two sets of rasters.
 
     Attributes:
-        pairs: sorted by image, heights and window.
-        unmatched_images: without heights.
-        unmatched_heights: without an image.
+        pairs: sorted by image, target and window.
+        unmatched_images: without a target.
+        unmatched_targets: without an image.
     """
 
-    pairs: tuple[HeightPair, ...]
+    pairs: tuple[RasterPair, ...]
     unmatched_images: tuple[Path, ...]
-    unmatched_heights: tuple[Path, ...]
+    unmatched_targets: tuple[Path, ...]
 
 
-def find_pairs(images: Spec, heights: Spec, *, max_size: int = 512) -> list[HeightPair]:
+def find_pairs(images: Spec, heights: Spec, *, max_size: int = 512) -> list[RasterPair]:
     """The pairs of `match_pairs`, for who does not ask what was left over."""
     return list(match_pairs(images, heights, max_size=max_size).pairs)
 
 
-def match_pairs(images: Spec, heights: Spec, *, max_size: int = 512) -> PairMatch:
-    """Matches images and height rasters by their georeference, never by name or order.
+def match_pairs(
+    images: Spec, heights: Spec, *, max_size: int = 512, what: str = "height raster"
+) -> PairMatch:
+    """Matches images and height (or class) rasters by their georeference, never by name or order.
 
     Each overlap of an image with a height raster becomes one pair, or several where it is larger than
     `max_size`. Both may have their own CRS and pixel size; where they share a lattice (1 m heights under
-    0.1 m pixels, say) windows begin at the corner of a height cell, so no height is resampled.
+    0.1 m pixels, say) windows begin at the corner of a height cell, so no height is resampled. An image with
+    a partner of exactly its own extent takes that one only: neighbours that overlap may be of another day.
 
     Args:
         images: folder, glob, file or list of them.
-        heights: likewise, canopy height in metres.
+        heights: likewise, canopy height in metres, or classes.
         max_size: largest side of a pair's window in image pixels.
+        what: name of one of the second kind, for messages.
 
     Returns:
         Pairs and what found no partner.
 
     Raises:
         RasterError, DataError: a file cannot be read, or there are none.
-        GeoreferenceError: a file has no usable georeference, or no height raster overlaps any image.
+        GeoreferenceError: a file has no usable georeference, or none of the second kind overlaps any image.
     """
     image_infos = [inspect_scene(path) for path in find_rasters(images)]
     height_infos = [inspect_scene(path) for path in find_rasters(heights)]
     groups = _overlap_groups(image_infos)
-    pairs: list[HeightPair] = []
+    pairs: list[RasterPair] = []
     matched_images: set[int] = set()
-    unmatched_heights = []
-    for info, found in zip(height_infos, _overlaps(image_infos, height_infos), strict=True):
+    unmatched_targets = []
+    for info, found in zip(height_infos, _partners(image_infos, height_infos), strict=True):
         own = {i: _pair_windows(image_infos[i], info, groups[i], max_size) for i in found}
         matched_images.update(i for i, windows in own.items() if windows)
         pairs.extend(pair for windows in own.values() for pair in windows)
         if not any(own.values()):
-            unmatched_heights.append(info.path)
+            unmatched_targets.append(info.path)
     if not pairs:
-        raise GeoreferenceError(_no_overlap_message(image_infos, height_infos))
-    pairs.sort(key=lambda p: (str(p.image), str(p.heights), p.window.row_off, p.window.col_off))
+        raise GeoreferenceError(_no_overlap_message(image_infos, height_infos, what))
+    pairs.sort(key=lambda p: (str(p.image), str(p.target), p.window.row_off, p.window.col_off))
     unmatched_images = tuple(x.path for i, x in enumerate(image_infos) if i not in matched_images)
-    return PairMatch(tuple(pairs), unmatched_images, tuple(unmatched_heights))
+    return PairMatch(tuple(pairs), unmatched_images, tuple(unmatched_targets))
 
 
-def load_pair(pair: HeightPair, *, bands: Sequence[int] | None = None) -> PairArrays:
+def load_pair(pair: RasterPair, *, bands: Sequence[int] | None = None) -> PairArrays:
     """Reads a pair.
 
     Heights between -1 and 0 m are the LiDAR's noise and become 0; below -1 and above 120 m a few cells
@@ -147,9 +151,9 @@ def load_pair(pair: HeightPair, *, bands: Sequence[int] | None = None) -> PairAr
     """
     with SceneReader(pair.image, bands=bands) as reader:
         image, valid = reader.read(pair.window)
-    with SceneReader(pair.heights) as reader:
+    with SceneReader(pair.target) as reader:
         if len(reader.bands) != 1:
-            raise DataError(f"{pair.heights} has {len(reader.bands)} bands, expected one band of heights")
+            raise DataError(f"{pair.target} has {len(reader.bands)} bands, expected one band of heights")
         numbers, known = read_on_grid(reader, pair.grid, resampling=_resampling(reader.info.grid, pair.grid))
     metres = numbers[0].astype(np.float32)
     possible = known & (metres >= LOWEST_M) & (metres <= HIGHEST_M)
@@ -157,11 +161,32 @@ def load_pair(pair: HeightPair, *, bands: Sequence[int] | None = None) -> PairAr
     if impossible > MAX_IMPOSSIBLE_SHARE * max(int(known.sum()), 1):
         strange = metres[known & ~possible]
         raise DataError(
-            f"{pair.heights} holds {impossible} of {int(known.sum())} cells outside {LOWEST_M:g} to "
+            f"{pair.target} holds {impossible} of {int(known.sum())} cells outside {LOWEST_M:g} to "
             f"{HIGHEST_M:g} m (from {strange.min():g} to {strange.max():g}); expected canopy height "
             "in metres above ground: declare nodata, convert the unit, or subtract the terrain"
         )
     return PairArrays(image, valid, np.where(possible, metres.clip(min=0), 0).astype(np.float32), possible)
+
+
+def _partners(images: list[SceneInfo], heights: list[SceneInfo]) -> list[list[int]]:
+    """For each height raster the indexes of the images that it is paired with."""
+    found = _overlaps(images, heights)
+    exact = [
+        [i for i in indexes if _same_extent(images[i].grid, info.grid)]
+        for info, indexes in zip(heights, found, strict=True)
+    ]
+    settled = {i for indexes in exact for i in indexes}
+    return [
+        [i for i in indexes if i in own or i not in settled]
+        for indexes, own in zip(found, exact, strict=True)
+    ]
+
+
+def _same_extent(one: PixelGrid, other: PixelGrid) -> bool:
+    if one.crs != other.crs:
+        return False
+    sides = zip(one.bounds, other.bounds, strict=True)
+    return max(abs(a - b) for a, b in sides) < 0.5 * min(*one.resolution_xy, *other.resolution_xy)
 
 
 def _overlaps(images: list[SceneInfo], heights: list[SceneInfo]) -> list[list[int]]:
@@ -230,7 +255,7 @@ def _overlapping(shapes: list[Any]) -> Iterator[tuple[int, int]]:
                 yield index, other
 
 
-def _pair_windows(image: SceneInfo, heights: SceneInfo, group: str, max_size: int) -> list[HeightPair]:
+def _pair_windows(image: SceneInfo, heights: SceneInfo, group: str, max_size: int) -> list[RasterPair]:
     """Pairs of one image with one height raster; none if they share less than one cell."""
     grid = image.grid
     factor = max(1, round(heights.grid.gsd_m / grid.gsd_m))
@@ -251,7 +276,7 @@ def _pair_windows(image: SceneInfo, heights: SceneInfo, group: str, max_size: in
     row_chips = _chips(min(rows), max(rows), grid.height, factor, max_size, phase=origin_row)
     windows = [Window(col, row, width, height) for row, height in row_chips for col, width in col_chips]
     return [
-        HeightPair(image.path, heights.path, w, factor, grid.window_grid(w).coarsen(factor), group)
+        RasterPair(image.path, heights.path, w, factor, grid.window_grid(w).coarsen(factor), group)
         for w in windows
     ]
 
@@ -290,14 +315,14 @@ def _resampling(heights: PixelGrid, wanted: PixelGrid) -> str:
     return "average" if heights.gsd_m < 0.75 * wanted.gsd_m else "bilinear"
 
 
-def _no_overlap_message(images: list[SceneInfo], heights: list[SceneInfo]) -> str:
+def _no_overlap_message(images: list[SceneInfo], heights: list[SceneInfo], what: str) -> str:
     height = heights[0]
     # An image in the same CRS makes extents that can be compared by eye.
     image = next((i for i in images if i.grid.crs == height.grid.crs), images[0])
     return (
-        f"none of {len(heights)} height rasters overlaps one of {len(images)} images: {height.path} covers "
+        f"none of {len(heights)} {what}s overlaps one of {len(images)} images: {height.path} covers "
         f"{_extent(height.grid)}, {image.path} covers {_extent(image.grid)}; "
-        "expected images and heights of the same places"
+        f"expected images and {what}s of the same places"
     )
 
 

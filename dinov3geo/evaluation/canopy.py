@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +14,8 @@ from numpy.typing import NDArray
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
-from dinov3geo.data.pairs import HeightPair, PairArrays, PairMatch, Spec, match_pairs
-from dinov3geo.errors import DataError, RasterError
+from dinov3geo.data.pairs import PairArrays, PairMatch, RasterPair, Spec, match_pairs
+from dinov3geo.errors import DataError
 from dinov3geo.evaluation.baselines import (
     SITE_PATTERN,
     color_statistics,
@@ -32,6 +30,7 @@ from dinov3geo.evaluation.regression_metrics import (
     RegressionAccumulator,
     RegressionScores,
 )
+from dinov3geo.evaluation.reports import finite, write_bytes
 from dinov3geo.features.extract import FeatureCache, default_blocks, undo_view
 from dinov3geo.heads.base import Head, HeightModel
 from dinov3geo.heads.canopy import CanopySettings, fit_canopy_head
@@ -99,14 +98,14 @@ class CanopyEvaluation:
             ],
             "height_bins": {m: [asdict(b) for b in bins] for m, bins in self.bins.items()},
         }
-        return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
+        return json.dumps(finite(report), indent=2, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
 class _Plot:
     """One pair with its numbers in memory."""
 
-    pair: HeightPair
+    pair: RasterPair
     arrays: PairArrays
     known: NDArray[np.bool_]
     site: str
@@ -114,7 +113,7 @@ class _Plot:
     @property
     def heights(self) -> Heights:
         """[N] true heights of the known cells."""
-        return self.arrays.heights[self.known]
+        return self.arrays.target[self.known]
 
 
 class _Table:
@@ -128,13 +127,13 @@ class _Table:
 
     def add(self, method: str, plot: _Plot, predicted: NDArray[Any] | float) -> None:
         """Adds a method's heights of one plot, [h, w] or one number for all cells."""
-        guess = np.broadcast_to(predicted, plot.arrays.heights.shape)
+        guess = np.broadcast_to(predicted, plot.arrays.target.shape)
         for site in dict.fromkeys(("all", plot.site)):
             cells = self._cells.setdefault((method, site), RegressionAccumulator())
-            cells.update(guess, plot.arrays.heights, plot.known)
+            cells.update(guess, plot.arrays.target, plot.known)
             blocks = self._blocks.setdefault((method, site), BlockAccumulator(self.block))
-            blocks.update(guess, plot.arrays.heights, plot.known)
-        self._bins.setdefault(method, BinAccumulator()).update(guess, plot.arrays.heights, plot.known)
+            blocks.update(guess, plot.arrays.target, plot.known)
+        self._bins.setdefault(method, BinAccumulator()).update(guess, plot.arrays.target, plot.known)
 
     def evaluation(self, details: Mapping[str, Any]) -> CanopyEvaluation:
         """The finished table."""
@@ -318,7 +317,7 @@ def predict_plot(head: Head, sample: FitSample, views: int) -> NDArray[np.float3
     return mean
 
 
-def _load_plots(pairs: Sequence[HeightPair], site_pattern: str, backbone: Backbone) -> list[_Plot]:
+def _load_plots(pairs: Sequence[RasterPair], site_pattern: str, backbone: Backbone) -> list[_Plot]:
     assert backbone.card is not None
     plots = []
     for pair in pairs:
@@ -377,35 +376,12 @@ def _details(match: PairMatch, plots: list[_Plot], command: str) -> dict[str, An
         },
         "cells": sum(int(p.known.sum()) for p in plots),
         "unmatched_images": len(match.unmatched_images),
-        "unmatched_heights": len(match.unmatched_heights),
+        "unmatched_heights": len(match.unmatched_targets),
     }
 
 
 def _finish(table: _Table, details: Mapping[str, Any], json_path: Path | None) -> CanopyEvaluation:
     evaluation = table.evaluation(details)
     if json_path is not None:
-        _write_text(json_path, evaluation.to_json())
+        write_bytes(json_path, evaluation.to_json().encode())
     return evaluation
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Writes a file that appears under its name only when whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise RasterError(f"{path} cannot be written ({error.strerror})") from error
-
-
-def _finite(value: Any) -> Any:  # noqa: ANN401
-    """The same structure with NaN and infinity as None, as JSON has neither."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

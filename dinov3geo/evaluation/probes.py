@@ -135,7 +135,7 @@ def height_probe(backbone: Backbone, images: Path, heights: Path, normalization:
             raise DataError(
                 f"{pair.image} has {arrays.image.shape[0]} bands, the probe needs {backbone.in_channels}"
             )
-        rows[pair.group in tests].append(_patch_rows(backbone, arrays.image, arrays.heights, normalization))
+        rows[pair.group in tests].append(_patch_rows(backbone, arrays.image, arrays.target, normalization))
     if not rows[True] or not rows[False]:
         raise DataError(
             f"{images} holds one place only; a probe is fitted on some places and tested on others"

@@ -20,6 +20,7 @@ class OutputSpec:
         name: product, e.g. `"canopy_height"`.
         unit: unit of a continuous output (`"m"`), or `""` for classes.
         class_names: names in channel order, empty for a continuous output.
+        colours: red, green and blue of each class, None for one of a palette; empty for the palette alone.
         dtype: of the written raster, a NumPy name.
         nodata: of the written raster; never a possible value.
         minimum: smallest value written, or None.
@@ -29,10 +30,22 @@ class OutputSpec:
     name: str
     unit: str = ""
     class_names: tuple[str, ...] = ()
+    colours: tuple[tuple[int, int, int] | None, ...] = ()
     dtype: str = "float32"
     nodata: float = -9999.0
     minimum: float | None = None
     maximum: float | None = None
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> OutputSpec:
+        """From what `dataclasses.asdict` and JSON made of one.
+
+        Raises:
+            TypeError: unknown names.
+        """
+        colours = tuple(None if c is None else (c[0], c[1], c[2]) for c in values.get("colours", ()))
+        names = tuple(values.get("class_names", ()))
+        return cls(**{**values, "class_names": names, "colours": colours})
 
 
 class Head(nn.Module):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from dinov3geo.backbones.base import Backbone
-from dinov3geo.backbones.zoo import (
-    BUNDLED,
-    DEFAULT_BACKBONE,
-    RUN_EXPORT,
-    load_backbone,
-    read_tensors,
-    save_backbone,
-    write_tensors,
-)
-from dinov3geo.data.pairs import HeightPair, PairMatch, Spec, match_pairs
-from dinov3geo.errors import ConfigError, DataError, RasterError, UnknownNameError, one_line
+from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
+from dinov3geo.data.pairs import RasterPair, Spec, match_pairs
+from dinov3geo.errors import ConfigError, DataError, UnknownNameError, one_line
 from dinov3geo.features.extract import (
     FeatureCache,
     apply_view,
@@ -34,22 +22,29 @@ from dinov3geo.features.extract import (
     extract_feature_maps,
     pixels_per_patch,
     undo_view,
-    weights_digest,
 )
 from dinov3geo.heads.base import OutputSpec
 from dinov3geo.heads.context import ContextHead
 from dinov3geo.heads.dpt import DPTHead
-from dinov3geo.heads.fit import FitResult, FitSample, FitSettings, fit_head, predict_cells
+from dinov3geo.heads.fit import FitResult, FitSample, fit_head, predict_cells
+from dinov3geo.heads.folders import (
+    CARD_FILE,
+    check_free,
+    load_head_weights,
+    load_model_backbone,
+    model_card,
+    read_card,
+    save_model,
+)
+from dinov3geo.heads.heights import HeightFitSettings, HeightObjective
 from dinov3geo.heads.samples import StageProgress, build_samples
 
-CARD_FORMAT = "dinov3geo-head/1"
 BUNDLED_MODELS: dict[str, Path] = {
     "canopy-tiny-aerial": Path(__file__).parent / "weights" / "canopy-tiny-aerial"
 }
 DEFAULT_MODEL = "canopy-tiny-aerial"
 CanopyHead = ContextHead | DPTHead
 CANOPY_HEIGHT = OutputSpec("canopy_height", unit="m", minimum=0.0, maximum=80.0)
-HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 
 
 class HeadSettings(BaseModel):
@@ -126,7 +121,7 @@ class CanopySettings(BaseModel):
     predict_views: Literal[1, 2, 4, 8] = 1
     max_window: int = Field(default=512, ge=1)
     head: HeadSettings = HeadSettings()
-    fit: FitSettings = FitSettings()
+    fit: HeightFitSettings = HeightFitSettings()
 
     @model_validator(mode="after")
     def _knows_its_views(self) -> CanopySettings:
@@ -260,7 +255,7 @@ def fit_canopy(
         UserError: a file, name or number that cannot be used; nothing is written then.
     """
     settings = settings or CanopySettings()
-    _check_free(out, overwrite=overwrite)
+    check_free(out, what="canopy", overwrite=overwrite)
     source = DEFAULT_BACKBONE if backbone is None else backbone
     frozen = load_backbone(source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -276,9 +271,19 @@ def fit_canopy(
         progress=progress,
     )
     head, result = fit_canopy_head(samples, settings, device=device, progress=progress)
-    bundled = str(source) if str(source) in BUNDLED else None
-    card = _card(frozen, bundled, blocks, settings, match, samples)
-    card |= {"name": out.name, "scores": dict(scores or {}), "command": command}
+    card = model_card(frozen, source, CANOPY_HEIGHT) | {
+        "name": out.name,
+        "blocks": list(blocks),
+        "gsd_m": list(gsd_range(match.pairs)),
+        "trained_on": {
+            "pairs": len(match.pairs),
+            "images": len({p.image for p in match.pairs}),
+            "cells": sum(int(s.views[0].valid.sum()) for s in samples),
+        },
+        "settings": settings.model_dump(),
+        "scores": dict(scores or {}),
+        "command": command,
+    }
     card["training_mae_m"] = training_mae = round(mean_absolute_error(head, samples), 4)
     model = CanopyModel(frozen, head, blocks, settings.image_scale, settings.predict_views, card)
     save_canopy_model(out, model, overwrite=overwrite)
@@ -287,7 +292,7 @@ def fit_canopy(
         pairs=len(match.pairs),
         cells=card["trained_on"]["cells"],
         unmatched_images=len(match.unmatched_images),
-        unmatched_heights=len(match.unmatched_heights),
+        unmatched_heights=len(match.unmatched_targets),
         training_mae_m=training_mae,
         result=result,
     )
@@ -324,12 +329,16 @@ def fit_canopy_head(
         if progress is not None:
             progress(f"head (loss {loss:.2f})", done, total)
 
+    objective = HeightObjective(settings.fit)
+    draws = objective.draws(samples)
     if isinstance(head, ContextHead):
         # Its components do not change in training: computed once, an epoch takes a fraction of a second.
         reduced = [_reduced(head, sample) for sample in samples]
-        result = fit_head(head.decoder, reduced, settings=settings.fit, progress=report)
+        result = fit_head(
+            head.decoder, reduced, objective, settings=settings.fit, weights=draws, progress=report
+        )
         return head.eval(), result
-    return head, fit_head(head, samples, settings=settings.fit, progress=report)
+    return head, fit_head(head, samples, objective, settings=settings.fit, weights=draws, progress=report)
 
 
 def _reduced(head: ContextHead, sample: FitSample) -> FitSample:
@@ -367,25 +376,7 @@ def save_canopy_model(folder: Path, model: CanopyModel, *, overwrite: bool = Fal
     Raises:
         RasterError: the folder exists and may not be replaced, or cannot be written.
     """
-    _check_free(folder, overwrite=overwrite)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        tensors = {n: t.detach().cpu().contiguous() for n, t in model.head.state_dict().items()}
-        write_tensors(staging / HEAD_FILE, tensors)
-        (staging / CARD_FILE).write_text(json.dumps(model.card, indent=2) + "\n", encoding="utf-8")
-        if model.card["backbone"]["bundled"] is None:
-            assert model.backbone.card is not None
-            save_backbone(staging / RUN_EXPORT, model.backbone, model.backbone.card)
-        staging.chmod(0o755)
-        if folder.exists():
-            retired = staging.with_name(staging.name + ".old")
-            os.replace(folder, retired)
-            os.replace(staging, folder)
-            shutil.rmtree(retired)
-        else:
-            os.replace(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    save_model(folder, model.backbone, model.head, model.card, what="canopy", overwrite=overwrite)
 
 
 def load_canopy_model(name_or_folder: str | Path = DEFAULT_MODEL) -> CanopyModel:
@@ -402,88 +393,22 @@ def load_canopy_model(name_or_folder: str | Path = DEFAULT_MODEL) -> CanopyModel
     folder = BUNDLED_MODELS.get(str(name_or_folder), Path(name_or_folder))
     if not folder.is_dir():
         raise UnknownNameError("canopy model", str(name_or_folder), BUNDLED_MODELS)
-    card = _read_card(folder / CARD_FILE)
-    source = folder / CARD_FILE
+    card = read_card(folder / CARD_FILE, product=CANOPY_HEIGHT.name)
     try:
-        bundled, digest = card["backbone"]["bundled"], card["backbone"]["weights_digest"]
         settings = CanopySettings.model_validate(card["settings"])
         blocks = tuple(int(b) for b in card["blocks"])
-        output = OutputSpec(**{**card["output"], "class_names": tuple(card["output"]["class_names"])})
+        output = OutputSpec.from_json(card["output"])
+        backbone = load_model_backbone(folder, card)
     except (KeyError, TypeError, ValidationError) as error:
-        raise ConfigError(f"{source} is not a complete head card: {one_line(str(error))}") from error
-    backbone = load_backbone(folder if bundled is None else bundled)
-    if weights_digest(backbone) != digest:
         raise ConfigError(
-            f"{source} belongs to other weights of the backbone {bundled or RUN_EXPORT}; fit it again"
-        )
+            f"{folder / CARD_FILE} is not a complete head card: {one_line(str(error))}"
+        ) from error
     head = settings.head.build([backbone.embed_dim] * len(blocks), output=output)
-    tensors = read_tensors(folder / HEAD_FILE)
-    try:
-        head.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise DataError(f"{folder / HEAD_FILE} does not fit its card: {one_line(str(error))}") from error
-    head.eval().requires_grad_(False)
+    load_head_weights(folder, head)
     return CanopyModel(backbone, head, blocks, settings.image_scale, settings.predict_views, card)
 
 
-def _read_card(path: Path) -> dict[str, Any]:
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error.strerror}); expected a canopy model's card"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); expected a canopy model's card") from error
-    if not isinstance(card, dict) or card.get("format") != CARD_FORMAT:
-        raise ConfigError(f"{path} is not a head card (format {CARD_FORMAT!r} expected)")
-    return card
-
-
-def _check_free(folder: Path, *, overwrite: bool) -> None:
-    """Says before hours of work what would stop the writing after them."""
-    if folder.exists() and not overwrite:
-        raise RasterError(f"{folder} exists; give another folder or allow overwriting")
-    if folder.exists() and not (folder / CARD_FILE).is_file() and any(folder.iterdir()):
-        raise RasterError(f"{folder} is not a canopy model (no {CARD_FILE}), so it is not overwritten")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RasterError(f"{folder.parent} cannot be made ({error.strerror})") from error
-    if not os.access(folder.parent, os.W_OK):
-        raise RasterError(f"{folder.parent} is not writable")
-
-
-def _card(
-    backbone: Backbone,
-    bundled: str | None,
-    blocks: tuple[int, ...],
-    settings: CanopySettings,
-    match: PairMatch,
-    samples: list[FitSample],
-) -> dict[str, Any]:
-    assert backbone.card is not None
-    digest = weights_digest(backbone)
-    licence = (
-        f"The backbone's weights: {backbone.card.licence}. The head follows the terms of its training data."
-    )
-    return {
-        "format": CARD_FORMAT,
-        "backbone": {"name": backbone.card.name, "bundled": bundled, "weights_digest": digest},
-        "blocks": list(blocks),
-        "output": asdict(CANOPY_HEIGHT),
-        "gsd_m": list(_gsd_range(match.pairs)),
-        "trained_on": {
-            "pairs": len(match.pairs),
-            "images": len({p.image for p in match.pairs}),
-            "cells": sum(int(s.views[0].valid.sum()) for s in samples),
-        },
-        "settings": settings.model_dump(),
-        "licence": licence,
-    }
-
-
-def _gsd_range(pairs: tuple[HeightPair, ...]) -> tuple[float, float]:
+def gsd_range(pairs: tuple[RasterPair, ...]) -> tuple[float, float]:
     """Smallest and largest ground sampling distance of the images, metres."""
     sizes = [p.grid.gsd_m / p.factor for p in pairs]
     return round(min(sizes), 6), round(max(sizes), 6)

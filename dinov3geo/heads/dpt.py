@@ -134,7 +134,7 @@ class HeightBins(nn.Module):
 
 
 class DPTHead(Head):
-    """Small DPT for one positive quantity.
+    """Small DPT for one positive quantity, or for the scores of classes where `output` names any.
 
     The maps, ordered from early to late blocks, become levels of a pyramid, each half as fine as the one
     before, which are fused from coarse to fine. The result is decoded at the finest level and enlarged to
@@ -174,8 +174,8 @@ class DPTHead(Head):
             raise ConfigError(
                 f"the DPT head takes feature maps and finest 1, 2 or 4, got {len(dims)} maps and {finest}"
             )
-        if bins and output.maximum is None:
-            raise ConfigError("height bins need an output maximum")
+        if bins and (output.maximum is None or output.class_names):
+            raise ConfigError("height bins need an output maximum and no class names")
         self.output = output
         self.drop = nn.Dropout2d(dropout)
         self.standards = nn.ModuleList(Standardize(dim) for dim in dims)
@@ -186,7 +186,7 @@ class DPTHead(Head):
             Fusion(channels, has_coarser=i + 1 < len(dims)) for i in range(len(dims))
         )
         self.hidden = nn.Conv2d(channels, channels // 2, 3, padding=1)
-        self.score = nn.Conv2d(channels // 2, bins or 1, 1)
+        self.score = nn.Conv2d(channels // 2, len(output.class_names) or bins or 1, 1)
         self.bins = HeightBins(bins, minimum=1e-3, maximum=output.maximum or 0.0) if bins else None
         self._reset_parameters(typical)
 
@@ -202,6 +202,7 @@ class DPTHead(Head):
                 nn.init.zeros_(module.second.weight)
         if self.bins is None and self.score.bias is not None:
             nn.init.normal_(self.score.weight, std=0.01)
+        if self.bins is None and self.score.bias is not None and not self.output.class_names:
             nn.init.constant_(self.score.bias, typical + math.log(-math.expm1(-typical)))
 
     def fit_statistics(self, maps: Sequence[Sequence[Tensor]]) -> None:
@@ -222,7 +223,7 @@ class DPTHead(Head):
             size_hw: rows and columns that the maps cover, in pixels.
 
         Returns:
-            [B, 1, H, W], not negative, in `output.unit`.
+            [B, 1, H, W], not negative, in `output.unit`; or [B, K, H, W] scores of classes.
         """
         steps = zip(self.standards, self.levels, feature_maps, strict=True)
         levels = [level(self.drop(standard(m))) for standard, level, m in steps]
@@ -231,5 +232,7 @@ class DPTHead(Head):
             fused = fusion(level, fused)
         assert fused is not None
         scores = self.score(F.relu(self.hidden(F.relu(fused))))
+        if self.output.class_names:
+            return F.interpolate(scores, size_hw, mode="bilinear", align_corners=False)
         decoded = F.softplus(scores) if self.bins is None else self.bins(scores)
         return F.interpolate(decoded, size_hw, mode="bilinear", align_corners=False)

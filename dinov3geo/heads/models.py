@@ -9,8 +9,9 @@ from dinov3geo.backbones.hub import is_hub_name, locate_repository
 from dinov3geo.backbones.store import HF_CONFIG, HF_WEIGHTS, PICKLES, read_weights
 from dinov3geo.errors import ConfigError, UnknownNameError
 from dinov3geo.heads.base import HeightModel
-from dinov3geo.heads.canopy import BUNDLED_MODELS, CARD_FILE, DEFAULT_MODEL, load_canopy_model
+from dinov3geo.heads.canopy import BUNDLED_MODELS, DEFAULT_MODEL, load_canopy_model
 from dinov3geo.heads.chmv2 import describe_chmv2, load_chmv2
+from dinov3geo.heads.folders import CARD_FILE
 
 
 def load_height_model(

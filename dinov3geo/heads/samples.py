@@ -1,4 +1,4 @@
-"""Image and height pairs become training samples of a head: features of each view, computed once."""
+"""Pairs of an image and its targets become training samples of a head: features of each view, once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import BackboneCard
-from dinov3geo.data.pairs import HeightPair, PairArrays, load_pair
+from dinov3geo.data.pairs import PairArrays, RasterPair, load_pair
 from dinov3geo.features.extract import (
     FeatureCache,
     apply_view,
@@ -24,13 +24,15 @@ from dinov3geo.heads.fit import FitSample, FitView
 from dinov3geo.rasters.bands import choose_bands
 
 StageProgress = Callable[[str, int, int], None]
+# What a pair holds, and which 1-based bands of the image were read.
+LoadPair = Callable[[RasterPair], tuple[PairArrays, tuple[int, ...]]]
 
 # Cells whose image pixels mostly hold no data teach nothing.
 MIN_IMAGE_SHARE = 0.5
 
 
 def cell_validity(arrays: PairArrays, factor: int) -> np.ndarray:
-    """Cells with a known height and enough image.
+    """Cells with a known target and enough image.
 
     Args:
         arrays: of one pair.
@@ -39,13 +41,13 @@ def cell_validity(arrays: PairArrays, factor: int) -> np.ndarray:
     Returns:
         [h, w] bool.
     """
-    height, width = arrays.heights.shape
+    height, width = arrays.target.shape
     share = arrays.valid.reshape(height, factor, width, factor).mean(axis=(1, 3))
-    known: np.ndarray = arrays.heights_valid & (share >= MIN_IMAGE_SHARE)
+    known: np.ndarray = arrays.target_valid & (share >= MIN_IMAGE_SHARE)
     return known
 
 
-def load_model_pair(pair: HeightPair, card: BackboneCard) -> tuple[PairArrays, tuple[int, ...]]:
+def load_model_pair(pair: RasterPair, card: BackboneCard) -> tuple[PairArrays, tuple[int, ...]]:
     """Reads a pair with the image bands that a backbone takes, in its order, as prediction reads scenes.
 
     Args:
@@ -63,16 +65,17 @@ def load_model_pair(pair: HeightPair, card: BackboneCard) -> tuple[PairArrays, t
 
 
 def build_samples(
-    pairs: Sequence[HeightPair],
+    pairs: Sequence[RasterPair],
     backbone: Backbone,
     *,
     blocks: Sequence[int],
     image_scale: float,
     views: int,
     cache: FeatureCache,
+    load: LoadPair | None = None,
     progress: StageProgress | None = None,
 ) -> list[FitSample]:
-    """Features and heights of each pair in several views.
+    """Features and targets of each pair in several views.
 
     Args:
         pairs: from `find_pairs`.
@@ -81,13 +84,14 @@ def build_samples(
         image_scale: see `extract_feature_maps`.
         views: the first so many of the eight flips and turns.
         cache: features that are in it are not computed again.
+        load: reads a pair; None for `load_model_pair`, which reads heights.
         progress: called as `progress("features", done, total)`.
 
     Returns:
         One sample per pair, features in float16 on the CPU.
 
     Raises:
-        RasterError, DataError: a file cannot be read or has bands or heights that do not fit.
+        RasterError, DataError: a file cannot be read or has bands or targets that do not fit.
     """
     assert backbone.card is not None
     digest = weights_digest(backbone)
@@ -96,9 +100,9 @@ def build_samples(
     for done, pair in enumerate(pairs):
         if progress is not None:
             progress("features", done, len(pairs))
-        arrays, bands = load_model_pair(pair, backbone.card)
+        arrays, bands = load_model_pair(pair, backbone.card) if load is None else load(pair)
         image, valid = torch.from_numpy(arrays.image), torch.from_numpy(arrays.valid)
-        heights = torch.from_numpy(arrays.heights)
+        target = torch.from_numpy(arrays.target)
         known = torch.from_numpy(cell_validity(arrays, pair.factor))
         window = tuple(
             int(n) for n in (pair.window.col_off, pair.window.row_off, pair.window.width, pair.window.height)
@@ -118,7 +122,7 @@ def build_samples(
             compute = partial(_maps, backbone, image, valid, view, blocks, image_scale)
             maps = tuple(cache.get_or_compute(key, compute))
             covered_hw = (maps[0].shape[-2] * side, maps[0].shape[-1] * side)
-            collected.append(FitView(maps, covered_hw, apply_view(heights, view), apply_view(known, view)))
+            collected.append(FitView(maps, covered_hw, apply_view(target, view), apply_view(known, view)))
         samples.append(FitSample(tuple(collected), pair.factor, pair.group))
     if progress is not None:
         progress("features", len(pairs), len(pairs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,12 +90,13 @@ def feature_encoding(names: tuple[str, ...], stored: StoredType, *, tags: Mappin
     return Encoding(layer, len(names), stored.encode)
 
 
-def class_encoding(class_names: tuple[str, ...], *, tags: Mapping[str, str]) -> Encoding:
+def class_encoding(output: OutputSpec, *, tags: Mapping[str, str]) -> Encoding:
     """The most probable class per cell as uint8 with colours; probabilities are blended before.
 
     Raises:
         ConfigError: not 1 to 255 classes.
     """
+    class_names = output.class_names
     if not 1 <= len(class_names) <= NO_CLASS:
         raise ConfigError(f"a class map holds 1 to {NO_CLASS} classes, got {len(class_names)}")
 
@@ -110,7 +111,7 @@ def class_encoding(class_names: tuple[str, ...], *, tags: Mapping[str, str]) -> 
         nodata=NO_CLASS,
         band_names=("land cover",),
         overviews="mode",
-        colours=class_colours(len(class_names)),
+        colours=class_colours(len(class_names), output.colours),
         tags={**tags, **named},
     )
     return Encoding(layer, len(class_names), encode)
@@ -140,6 +141,9 @@ def probability_encoding(class_names: tuple[str, ...], *, tags: Mapping[str, str
     return Encoding(layer, len(class_names), encode)
 
 
-def class_colours(count: int) -> dict[int, tuple[int, int, int]]:
-    """Red, green and blue of each class."""
-    return {number: PALETTE[number % len(PALETTE)] for number in range(count)}
+def class_colours(
+    count: int, chosen: Sequence[tuple[int, int, int] | None] = ()
+) -> dict[int, tuple[int, int, int]]:
+    """Red, green and blue of each class: the chosen ones, else those of the palette."""
+    own = {number: rgb for number, rgb in enumerate(chosen[:count]) if rgb is not None}
+    return {number: PALETTE[number % len(PALETTE)] for number in range(count)} | own

@@ -98,7 +98,7 @@ def predict_landcover(
     card = ModelInput.of_backbone(model.backbone)
     wanted = ModelInput(model_name or card.name, card.normalization, card.gsd_m)
     tags = file_tags(wanted.name, command)
-    outputs: list[tuple[Path, Encoding]] = [(output, class_encoding(names, tags=tags))]
+    outputs: list[tuple[Path, Encoding]] = [(output, class_encoding(model.output, tags=tags))]
     if uncertainty is not None:
         outputs.append((Path(uncertainty), entropy_encoding(len(names), tags=tags)))
     if probabilities is not None:

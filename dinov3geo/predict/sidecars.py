@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from rasterio import warp
 from rasterio.crs import CRS
+from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioError
 
 from dinov3geo.errors import RasterError
@@ -55,7 +56,7 @@ def write_sidecars(raster: str | Path, *, scene: str | Path | None = None) -> li
     written = [stac, qml, legend]
     if names:
         aux = raster.with_name(raster.name + ".aux.xml")
-        _write_text(aux, _class_table(names))
+        _write_text(aux, _class_table(raster, names))
         written.append(aux)
     return written
 
@@ -144,7 +145,7 @@ def qgis_style(raster: str | Path) -> str:
             pipe, "rasterrenderer", type="paletted", band="1", opacity="1", alphaBand="-1"
         )
         palette = ElementTree.SubElement(renderer, "colorPalette")
-        for number, rgb in class_colours(len(names)).items():
+        for number, rgb in _colours(raster, len(names)).items():
             ElementTree.SubElement(
                 palette, "paletteEntry", value=str(number), label=names[number], color=_hex(rgb), alpha="255"
             )
@@ -195,7 +196,7 @@ def _legend(raster: Path, names: Sequence[str]) -> Figure:
     if names:
         handles = [
             Patch(facecolor=_hex(rgb), edgecolor="0.3", linewidth=0.5, label=names[number])
-            for number, rgb in class_colours(len(names)).items()
+            for number, rgb in _colours(raster, len(names)).items()
         ]
         figure = Figure(figsize=(2.6, 0.3 * len(names) + 0.3), dpi=150)
         figure.legend(handles=handles, loc="center", frameon=False, fontsize=9)
@@ -216,7 +217,16 @@ def _legend(raster: Path, names: Sequence[str]) -> Figure:
     return figure
 
 
-def _class_table(names: Sequence[str]) -> str:
+def _colours(raster: Path, count: int) -> dict[int, tuple[int, int, int]]:
+    """Colours of the classes as the file's own table has them."""
+    with _open(raster) as dataset:
+        if dataset.colorinterp[0] != ColorInterp.palette:
+            return class_colours(count)
+        table = dataset.colormap(1)
+    return {number: tuple(table[number][:3]) for number in range(count)}
+
+
+def _class_table(raster: Path, names: Sequence[str]) -> str:
     """GDAL's side file with category names and a raster attribute table, which QGIS and GDAL read."""
     root = ElementTree.Element("PAMDataset")
     band = ElementTree.SubElement(root, "PAMRasterBand", band="1")
@@ -229,7 +239,7 @@ def _class_table(names: Sequence[str]) -> str:
         field = ElementTree.SubElement(table, "FieldDefn", index=str(index))
         for tag, text in (("Name", name), ("Type", str(kind)), ("Usage", str(usage))):
             ElementTree.SubElement(field, tag).text = text
-    for number, rgb in class_colours(len(names)).items():
+    for number, rgb in _colours(raster, len(names)).items():
         row = ElementTree.SubElement(table, "Row", index=str(number))
         for value in (number, names[number], *rgb):
             ElementTree.SubElement(row, "F").text = str(value)

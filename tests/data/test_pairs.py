@@ -29,8 +29,8 @@ def test_heights_of_ten_times_the_pixel_size_are_read_without_resampling(write_r
     arrays = load_pair(pair)
     assert pair.factor == 10
     assert arrays.image.shape == (3, 40, 60) and arrays.image.dtype == np.uint8
-    assert arrays.valid.all() and arrays.heights_valid.all()
-    np.testing.assert_array_equal(arrays.heights, np.arange(24, dtype=np.float32).reshape(4, 6))
+    assert arrays.valid.all() and arrays.target_valid.all()
+    np.testing.assert_array_equal(arrays.target, np.arange(24, dtype=np.float32).reshape(4, 6))
 
 
 def test_partners_are_found_by_place_and_not_by_name_or_order(write_raster, write_heights):
@@ -43,10 +43,10 @@ def test_partners_are_found_by_place_and_not_by_name_or_order(write_raster, writ
     ]
     match = match_pairs(images[0].parent, heights[0].parent)
     found = {
-        pair.image.stem: (pair.heights.stem, float(load_pair(pair).heights.mean())) for pair in match.pairs
+        pair.image.stem: (pair.target.stem, float(load_pair(pair).target.mean())) for pair in match.pairs
     }
     assert found == {"a": ("b", 0.0), "b": ("z", 1.0), "c": ("a", 2.0)}
-    assert match.unmatched_images == () and match.unmatched_heights == ()
+    assert match.unmatched_images == () and match.unmatched_targets == ()
     assert len({pair.group for pair in match.pairs}) == 3
 
 
@@ -58,7 +58,7 @@ def test_windows_begin_at_a_corner_of_the_height_cells(write_raster, write_heigh
     assert (pair.window.col_off, pair.window.row_off) == (7, 3)
     assert (pair.window.width, pair.window.height) == (40, 30)
     expected = np.arange(48, dtype=np.float32).reshape(6, 8)[1:4, 1:5]
-    np.testing.assert_array_equal(load_pair(pair).heights, expected)
+    np.testing.assert_array_equal(load_pair(pair).target, expected)
 
 
 def test_south_up_heights_come_out_north_up(write_raster, write_heights):
@@ -67,7 +67,7 @@ def test_south_up_heights_come_out_north_up(write_raster, write_heights):
     transform = Affine(1, 0, X, 0, 1, Y - 4)
     heights = write_heights(array=array[::-1], transform=transform)
     (pair,) = find_pairs(image, heights)
-    np.testing.assert_allclose(load_pair(pair).heights, array, atol=1e-4)
+    np.testing.assert_allclose(load_pair(pair).target, array, atol=1e-4)
 
 
 def test_rasters_in_two_zones_meet_only_where_they_overlap(write_raster, write_heights):
@@ -87,9 +87,9 @@ def test_heights_in_another_crs_are_warped_onto_the_image(write_raster, write_he
     heights = write_heights(array=np.full(shape, 7, np.float32), crs="EPSG:32618", transform=transform)
     (pair,) = find_pairs(image, heights)
     arrays = load_pair(pair)
-    assert pair.factor == 2 and arrays.heights.shape == (100, 100)
-    assert arrays.heights_valid.mean() > 0.99
-    np.testing.assert_allclose(arrays.heights[arrays.heights_valid], 7, atol=1e-4)
+    assert pair.factor == 2 and arrays.target.shape == (100, 100)
+    assert arrays.target_valid.mean() > 0.99
+    np.testing.assert_allclose(arrays.target[arrays.target_valid], 7, atol=1e-4)
 
 
 def test_finer_heights_are_averaged_over_coarse_pixels(write_raster, write_heights):
@@ -98,7 +98,7 @@ def test_finer_heights_are_averaged_over_coarse_pixels(write_raster, write_heigh
     (pair,) = find_pairs(image, write_heights(array=array))
     expected = array.reshape(4, 10, 6, 10).mean(axis=(1, 3))
     assert pair.factor == 1
-    np.testing.assert_allclose(load_pair(pair).heights, expected, rtol=1e-4)
+    np.testing.assert_allclose(load_pair(pair).target, expected, rtol=1e-4)
 
 
 def test_nodata_holes_are_not_valid(write_raster, write_heights):
@@ -108,8 +108,8 @@ def test_nodata_holes_are_not_valid(write_raster, write_heights):
     arrays = load_pair(find_pairs(image, write_heights(array=array))[0])
     expected = np.ones((4, 6), bool)
     expected[1, 2] = False
-    np.testing.assert_array_equal(arrays.heights_valid, expected)
-    assert arrays.heights[1, 2] == 0
+    np.testing.assert_array_equal(arrays.target_valid, expected)
+    assert arrays.target[1, 2] == 0
 
 
 def test_slightly_negative_heights_become_zero_and_few_outliers_are_left_out(write_raster, write_heights):
@@ -117,8 +117,8 @@ def test_slightly_negative_heights_become_zero_and_few_outliers_are_left_out(wri
     array[0, 0], array[3, 3] = -0.4, 500
     image = write_raster("image.tif", shape=(3, 200, 200))
     arrays = load_pair(find_pairs(image, write_heights(array=array))[0])
-    assert arrays.heights[0, 0] == 0 and arrays.heights_valid[0, 0]
-    assert not arrays.heights_valid[3, 3] and arrays.heights_valid.sum() == 399
+    assert arrays.target[0, 0] == 0 and arrays.target_valid[0, 0]
+    assert not arrays.target_valid[3, 3] and arrays.target_valid.sum() == 399
 
 
 @pytest.mark.parametrize(("value", "nodata"), [(-9999, None), (1850, -9999.0)])
@@ -175,7 +175,7 @@ def test_files_without_partner_are_counted(write_raster, write_heights):
     heights = [write_heights(f"chm/{i}.tif", origin=(X + 100 * i, Y)) for i in (1, 7)]
     match = match_pairs(images, heights)
     assert match.unmatched_images == (images[0], images[2])
-    assert match.unmatched_heights == (heights[1],)
+    assert match.unmatched_targets == (heights[1],)
 
 
 def test_large_images_are_cut_and_stay_in_one_group(write_raster, write_heights):
@@ -185,7 +185,7 @@ def test_large_images_are_cut_and_stay_in_one_group(write_raster, write_heights)
     rebuilt = np.full((20, 13), np.nan, np.float32)
     for pair in pairs:
         row, col = int(pair.window.row_off) // 10, int(pair.window.col_off) // 10
-        heights = load_pair(pair).heights
+        heights = load_pair(pair).target
         rebuilt[row : row + heights.shape[0], col : col + heights.shape[1]] = heights
         assert max(pair.window.width, pair.window.height) <= 64
     np.testing.assert_array_equal(rebuilt, array)
@@ -217,10 +217,10 @@ def test_real_plots_pair_up_whole(data_root):
         [data_root / "neon/rgb", data_root / "teak/rgb"], [data_root / "neon/chm", data_root / "teak/chm"]
     )
     assert len(match.pairs) == 77
-    assert all(pair.image.stem == pair.heights.stem for pair in match.pairs)
+    assert all(pair.image.stem == pair.target.stem for pair in match.pairs)
     teak = load_pair(match.pairs[-1])
-    assert teak.image.shape == (3, 400, 400) and teak.heights.shape == (40, 40)
-    assert 0 < (~teak.heights_valid).sum() < 200
+    assert teak.image.shape == (3, 400, 400) and teak.target.shape == (40, 40)
+    assert 0 < (~teak.target_valid).sum() < 200
 
 
 @settings(max_examples=200, deadline=None)

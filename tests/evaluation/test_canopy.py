@@ -12,7 +12,7 @@ from dinov3geo.backbones.zoo import save_backbone
 from dinov3geo.errors import DataError, RasterError
 from dinov3geo.evaluation.canopy import assign_folds, evaluate_folds, evaluate_model
 from dinov3geo.heads.canopy import CanopySettings, HeadSettings, fit_canopy, load_canopy_model
-from dinov3geo.heads.fit import FitSettings
+from dinov3geo.heads.heights import HeightFitSettings as FitSettings
 
 X, Y = 400_000.0, 3_280_000.0
 SETTINGS = CanopySettings(

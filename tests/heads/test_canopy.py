@@ -20,7 +20,7 @@ from dinov3geo.heads.canopy import (
     load_canopy_model,
     save_canopy_model,
 )
-from dinov3geo.heads.fit import FitSettings
+from dinov3geo.heads.heights import HeightFitSettings as FitSettings
 from dinov3geo.heads.samples import build_samples
 
 X, Y = 400_000.0, 3_280_000.0

@@ -6,7 +6,9 @@ from dinov3geo.errors import DataError
 from dinov3geo.features.extract import apply_view
 from dinov3geo.heads.base import OutputSpec
 from dinov3geo.heads.dpt import DPTHead
-from dinov3geo.heads.fit import FitSample, FitSettings, FitView, fit_head, predict_cells, split_groups
+from dinov3geo.heads.fit import FitSample, FitView, fit_head, predict_cells, split_groups
+from dinov3geo.heads.heights import HeightFitSettings as FitSettings
+from dinov3geo.heads.heights import HeightObjective
 
 OUTPUT = OutputSpec("canopy_height", "m", minimum=0.0, maximum=80.0)
 QUICK = FitSettings(epochs=3, batch_pixels=2 * 32 * 32, warmup_share=0.2)
@@ -38,7 +40,7 @@ def new_head():
 
 def fitted(samples, settings):
     head = new_head()
-    return head, fit_head(head, samples, settings=settings)
+    return head, fit_head(head, samples, HeightObjective(settings), settings=settings)
 
 
 def test_a_head_learns_what_the_features_say():
@@ -63,7 +65,7 @@ def test_equal_seeds_give_equal_weights():
 def test_the_random_state_outside_is_untouched():
     head = new_head()
     before = torch.get_rng_state()
-    fit_head(head, [sample(0)], settings=QUICK)
+    fit_head(head, [sample(0)], HeightObjective(QUICK), settings=QUICK)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -92,7 +94,7 @@ def test_cells_without_height_teach_nothing():
 
 
 def test_no_valid_height_at_all_is_an_error():
-    with pytest.raises(DataError, match="none of the 1 height windows"):
+    with pytest.raises(DataError, match="none of the 1 windows"):
         fitted([sample(0, valid=torch.zeros(8, 8, dtype=torch.bool))], QUICK)
 
 
@@ -100,15 +102,15 @@ def test_early_stopping_keeps_the_best_weights():
     samples = [sample(i) for i in range(6)]
     settings = FitSettings(epochs=30, learning_rate=0.3, validation_share=0.3, patience=3, batch_pixels=4096)
     head, result = fitted(samples, settings)
-    assert len(result.validation_mae) < 30
-    assert result.best_epoch == len(result.validation_mae) - 1 - 3
-    assert result.validation_mae[result.best_epoch] == min(result.validation_mae)
+    assert len(result.validation_errors) < 30
+    assert result.best_epoch == len(result.validation_errors) - 1 - 3
+    assert result.validation_errors[result.best_epoch] == min(result.validation_errors)
     _, held = split_groups([s.group for s in samples], 0.3, seed=0)
     errors = [
         (predict_cells(head, [samples[i].views[0]], 4)[0, 0] - samples[i].views[0].target).abs().mean()
         for i in held
     ]
-    assert torch.stack(errors).mean().item() == pytest.approx(min(result.validation_mae), rel=1e-4)
+    assert torch.stack(errors).mean().item() == pytest.approx(min(result.validation_errors), rel=1e-4)
 
 
 def test_moving_average_lies_between_the_weights_it_saw():
@@ -132,7 +134,8 @@ def test_groups_stay_together():
 
 def test_progress_is_told_each_epoch():
     seen = []
-    fit_head(new_head(), [sample(0)], settings=QUICK, progress=lambda *a: seen.append(a[:2]))
+    objective = HeightObjective(QUICK)
+    fit_head(new_head(), [sample(0)], objective, settings=QUICK, progress=lambda *a: seen.append(a[:2]))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 

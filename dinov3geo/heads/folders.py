@@ -1,0 +1,175 @@
+"""The folder of a fitted model: head, card, and the backbone unless it is a bundled one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dinov3geo.backbones.base import Backbone
+from dinov3geo.backbones.zoo import (
+    BUNDLED,
+    RUN_EXPORT,
+    load_backbone,
+    read_tensors,
+    save_backbone,
+    write_tensors,
+)
+from dinov3geo.errors import ConfigError, DataError, RasterError, one_line
+from dinov3geo.features.extract import weights_digest
+from dinov3geo.heads.base import Head, OutputSpec
+
+CARD_FORMAT = "dinov3geo-head/1"
+HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
+
+
+def save_model(
+    folder: Path,
+    backbone: Backbone,
+    head: Head,
+    card: Mapping[str, Any],
+    *,
+    what: str,
+    overwrite: bool = False,
+    pictures: Mapping[str, bytes] | None = None,
+) -> None:
+    """Writes head.safetensors, card.json and, unless the backbone is a bundled one, the backbone.
+
+    The folder appears under its name only when whole.
+
+    Args:
+        folder: to make.
+        backbone: frozen.
+        head: fitted.
+        card: from `model_card`.
+        what: kind of model, for messages.
+        overwrite: replace an existing folder.
+        pictures: further files by name.
+
+    Raises:
+        RasterError: the folder exists and may not be replaced, or cannot be written.
+    """
+    check_free(folder, what=what, overwrite=overwrite)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        tensors = {n: t.detach().cpu().contiguous() for n, t in head.state_dict().items()}
+        write_tensors(staging / HEAD_FILE, tensors)
+        (staging / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        for name, content in (pictures or {}).items():
+            (staging / name).write_bytes(content)
+        if card["backbone"]["bundled"] is None:
+            assert backbone.card is not None
+            save_backbone(staging / RUN_EXPORT, backbone, backbone.card)
+        staging.chmod(0o755)
+        if folder.exists():
+            retired = staging.with_name(staging.name + ".old")
+            os.replace(folder, retired)
+            os.replace(staging, folder)
+            shutil.rmtree(retired)
+        else:
+            os.replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_free(folder: Path, *, what: str, overwrite: bool) -> None:
+    """Says before hours of work what would stop the writing after them.
+
+    Raises:
+        RasterError: the folder exists, is no model, or cannot be made.
+    """
+    if folder.exists() and not overwrite:
+        raise RasterError(f"{folder} exists; give another folder or allow overwriting")
+    if folder.exists() and not (folder / CARD_FILE).is_file() and any(folder.iterdir()):
+        raise RasterError(f"{folder} is not a {what} model (no {CARD_FILE}), so it is not overwritten")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RasterError(f"{folder.parent} cannot be made ({error.strerror})") from error
+    if not os.access(folder.parent, os.W_OK):
+        raise RasterError(f"{folder.parent} is not writable")
+
+
+def model_card(backbone: Backbone, source: str | Path, output: OutputSpec) -> dict[str, Any]:
+    """The part of a card that every model has.
+
+    Args:
+        backbone: with a card.
+        source: name or path that it was loaded from.
+        output: what the head gives.
+    """
+    assert backbone.card is not None
+    return {
+        "format": CARD_FORMAT,
+        "backbone": {
+            "name": backbone.card.name,
+            "bundled": str(source) if str(source) in BUNDLED else None,
+            "weights_digest": weights_digest(backbone),
+        },
+        "output": asdict(output),
+        "licence": f"The backbone's weights: {backbone.card.licence}. "
+        "The head follows the terms of its training data.",
+    }
+
+
+def read_card(path: Path, *, product: str) -> dict[str, Any]:
+    """The card of a model folder.
+
+    Args:
+        path: of card.json.
+        product: name of the output that is expected, e.g. `"canopy_height"`.
+
+    Raises:
+        ConfigError: not there, not JSON, or not the card of such a model.
+    """
+    what = product.replace("_", " ")
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); expected a {what} model's card"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); expected a {what} model's card") from error
+    if not isinstance(card, dict) or card.get("format") != CARD_FORMAT:
+        raise ConfigError(f"{path} is not a head card (format {CARD_FORMAT!r} expected)")
+    found = card.get("output", {}).get("name", product) if isinstance(card.get("output"), dict) else product
+    if found != product:
+        raise ConfigError(f"{path.parent} is a model of {found.replace('_', ' ')}, expected {what}")
+    return card
+
+
+def load_model_backbone(folder: Path, card: Mapping[str, Any]) -> Backbone:
+    """The backbone that a card names, or that lies in its folder.
+
+    Raises:
+        KeyError, TypeError: the card is incomplete.
+        ConfigError: other weights than those that the head was fitted on.
+    """
+    bundled, digest = card["backbone"]["bundled"], card["backbone"]["weights_digest"]
+    backbone = load_backbone(folder if bundled is None else bundled)
+    if weights_digest(backbone) != digest:
+        raise ConfigError(
+            f"{folder / CARD_FILE} belongs to other weights of the backbone {bundled or RUN_EXPORT}; "
+            "fit it again"
+        )
+    return backbone
+
+
+def load_head_weights(folder: Path, head: Head) -> None:
+    """Fills a head and makes it ready to predict.
+
+    Raises:
+        DataError: the weights are damaged or do not fit.
+    """
+    tensors = read_tensors(folder / HEAD_FILE)
+    try:
+        head.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise DataError(f"{folder / HEAD_FILE} does not fit its card: {one_line(str(error))}") from error
+    head.eval().requires_grad_(False)
