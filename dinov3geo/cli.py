@@ -21,6 +21,7 @@ from dinov3geo.commands.maps import polygons, zonal
 from dinov3geo.commands.models import models
 from dinov3geo.commands.pictures import features, show
 from dinov3geo.commands.pretrain import pretrain
+from dinov3geo.commands.split import split
 from dinov3geo.commands.stats import stats
 from dinov3geo.commands.view import view
 from dinov3geo.errors import UserError
@@ -39,6 +40,7 @@ app.command()(models)
 app.command()(pretrain)
 app.command()(stats)
 app.command()(curate)
+app.command()(split)
 app.command()(convert)
 app.command()(export)
 app.add_typer(canopy, name="canopy")

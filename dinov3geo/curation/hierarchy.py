@@ -74,6 +74,7 @@ def build_hierarchy(
     levels: Sequence[int],
     *,
     seed: int,
+    rounds: int = 20,
     assign: Assign | None = None,
     tell: Tell | None = None,
 ) -> Hierarchy:
@@ -83,6 +84,7 @@ def build_hierarchy(
         vectors: of unit length; zeros are left out.
         levels: clusters per level, falling.
         seed: of all k-means.
+        rounds: at most, of the lowest level.
         assign: finds nearest centroids; torch on the CPU if None.
         tell: called with rounds done and in all, of the lowest level.
 
@@ -91,7 +93,7 @@ def build_hierarchy(
     """
     check_levels(levels)
     assign = assign or assign_with_torch()
-    lowest = kmeans(vectors, levels[0], seed=seed, assign=assign, tell=tell)
+    lowest = kmeans(vectors, levels[0], seed=seed, rounds=rounds, assign=assign, tell=tell)
     centroids, labels = lowest.centroids, lowest.labels
     parents: list[NDArray[np.int32]] = []
     for level, count in enumerate(levels[1:], start=1):

@@ -194,11 +194,13 @@ def _one_round(
 
 
 def _first_centroids(vectors: Vectors, count: int, generator: np.random.Generator) -> Floats:
-    sample = _sample(vectors, max(count * _SEEDING, BLOCK), generator)
+    spread = count <= _SPREAD_UP_TO
+    # Some of the vectors may be zeros, so a few more are drawn than centroids are wanted.
+    sample = _sample(vectors, max(count * (_SEEDING if spread else 2), BLOCK), generator)
     if len(sample) < count:
         raise DataError(f"{len(sample)} embeddings do not suffice for {count} clusters; ask for fewer")
-    if count > _SPREAD_UP_TO:
-        return sample[generator.choice(len(sample), count, replace=False)]
+    if not spread:
+        return sample[generator.choice(len(sample), count, replace=False)].copy()
     chosen = [int(generator.integers(len(sample)))]
     nearest = _squared(sample, sample[chosen[0]])
     for _ in range(count - 1):

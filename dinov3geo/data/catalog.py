@@ -21,9 +21,10 @@ from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.env import get_gdal_config, set_gdal_config
+from rasterio.windows import Window
 
 from dinov3geo.errors import DataError
-from dinov3geo.rasters.crs import to_pyproj, to_rasterio
+from dinov3geo.rasters.crs import to_pyproj, to_rasterio, transformer
 from dinov3geo.rasters.grid import PixelGrid
 from dinov3geo.rasters.reader import SceneInfo, SceneReader
 
@@ -193,6 +194,35 @@ class SceneCatalog:
         """Of these rows the first whose footprint is nearest to a point."""
         distances = shapely.distance(self.geometries[list(rows)], shapely.Point(x, y))
         return rows[int(np.argmin(distances))]
+
+
+def own_grid(
+    catalog: SceneCatalog, infos: Mapping[Path, SceneInfo], rows: list[int], wanted: PixelGrid
+) -> tuple[int, PixelGrid]:
+    """The row whose file leads, and the window of as many pixels in that file's own grid."""
+    (xmin, ymin, xmax, ymax), size = wanted.bounds, wanted.shape_hw
+    center = ((xmin + xmax) / 2, (ymin + ymax) / 2)
+    all_native = all(same_lattice(infos[catalog.paths[row]].grid, wanted) for row in rows)
+    first = rows[0] if all_native else catalog.nearest(rows, *center)
+    own = infos[catalog.paths[first]].grid.southward()
+    if same_lattice(own, wanted):
+        col, row = ~own.transform @ (xmin, ymax)
+    else:
+        col, row = ~own.transform @ transformer(wanted.crs, own.crs).transform(*center)
+        row, col = (
+            move_inside(row - size[0] / 2, size[0], own.height),
+            move_inside(col - size[1] / 2, size[1], own.width),
+        )
+    return first, own.window_grid(Window(round(col), round(row), size[1], size[0]))
+
+
+def filled_slice(part: slice, whole: tuple[Any, Any], step: float) -> slice:
+    """A slice with what it leaves out."""
+    return slice(
+        whole[0] if part.start is None else part.start,
+        whole[1] if part.stop is None else part.stop,
+        step if part.step is None else part.step,
+    )
 
 
 def build_index(

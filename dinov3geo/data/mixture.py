@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dinov3geo.data.areas import read_area
 from dinov3geo.data.chosen import ChosenImages, ChosenScenes, read_chosen
 from dinov3geo.data.dates import Twice, TwoDates
 from dinov3geo.data.image_folder import ImageFolder
@@ -49,6 +50,9 @@ class SourceSettings(BaseModel):
     )
     chips: Path | None = Field(
         None, description="table of `dinov3geo curate`: only its chips are drawn, by their weights"
+    )
+    split: str | None = Field(
+        None, description="FILE#NAME of `dinov3geo split`: pixels outside that ground count as no data"
     )
     mixed_resolution: bool = Field(False, description="read files of different pixel size, each in its own")
 
@@ -182,6 +186,8 @@ def _open_source(source: SourceSettings, settings: DataSettings) -> SceneDataset
     path = settings.root / source.path
     table = None if source.chips is None else read_chosen(source.chips)
     if source.kind == "images":
+        if source.split is not None:
+            raise ConfigError(f"source {source.path}: images lie nowhere on the ground; split is for scenes")
         folder = ImageFolder(path, chip_size=settings.chip_size)
         return folder if table is None else ChosenImages(folder, table)
     sensor = get_sensor(source.sensor or settings.sensor)
@@ -192,6 +198,7 @@ def _open_source(source: SourceSettings, settings: DataSettings) -> SceneDataset
         bands=network_bands(settings),
         allow_mixed_resolution=source.mixed_resolution,
         time=source.time,
+        area=None if source.split is None else read_area(source.split),
     )
     if table is None:
         return scenes

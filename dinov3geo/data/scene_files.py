@@ -39,7 +39,12 @@ class SceneRecord:
 
 
 def find_scenes(
-    paths: Paths, sensor: Sensor | None, bands: Sequence[str] | None, time: tuple[str, str] | None
+    paths: Paths,
+    sensor: Sensor | None,
+    bands: Sequence[str] | None,
+    time: tuple[str, str] | None,
+    *,
+    same_bands: bool = True,
 ) -> list[SceneRecord]:
     """Lists scenes, at least one.
 
@@ -48,6 +53,7 @@ def find_scenes(
         sensor: whose files count; None takes all.
         bands: names of the sensor's bands; None for all.
         time: first and last moment of interest, anything pandas understands; None for all times.
+        same_bands: whether scenes without a sensor must have one number of bands.
 
     Raises:
         RasterError, GeoreferenceError: a file cannot be used.
@@ -58,7 +64,8 @@ def find_scenes(
         infos = _stacks(files, sensor, bands, paths)
     else:
         infos = inspect_scenes(files)
-    _check_bands(infos, sensor, bands)
+    if same_bands:
+        _check_bands(infos, sensor, bands)
     records = [SceneRecord(info, _interval(info.path, sensor)) for info in infos]
     if time is None:
         return records

@@ -20,13 +20,14 @@ from rasterio.windows import Window
 from torch import Tensor
 from torchgeo.datasets import GeoDataset, IntersectionDataset, RasterDataset, UnionDataset
 
+from dinov3geo.data.areas import Area
 from dinov3geo.data.catalog import (
     ReaderPool,
     SceneCatalog,
     build_index,
     common_resolution,
-    move_inside,
-    same_lattice,
+    filled_slice,
+    own_grid,
     same_resolution,
     seconds,
     shared_crs,
@@ -34,7 +35,7 @@ from dinov3geo.data.catalog import (
 from dinov3geo.data.scene_files import band_positions, find_scenes, open_scene, scene_paths
 from dinov3geo.errors import DataError
 from dinov3geo.rasters.blocks import BLOCKS
-from dinov3geo.rasters.crs import to_pyproj, to_rasterio, transformer
+from dinov3geo.rasters.crs import to_pyproj, to_rasterio
 from dinov3geo.rasters.grid import PixelGrid, aligned_window
 from dinov3geo.rasters.reader import SceneInfo, read_on_grid
 from dinov3geo.rasters.sensors import Sensor, get_sensor
@@ -80,6 +81,7 @@ class SceneDataset(RasterDataset):
         crs: Any = None,  # noqa: ANN401
         allow_mixed_resolution: bool = False,
         time: tuple[str, str] | None = None,
+        area: Area | None = None,
     ) -> None:
         """Reads the header of every file.
 
@@ -93,6 +95,7 @@ class SceneDataset(RasterDataset):
             crs: CRS to resample to; None keeps the files' own.
             allow_mixed_resolution: read files whose pixel sizes differ by more than 1 % as they are.
             time: first and last date of interest; scenes without a date always count.
+            area: ground to keep to; pixels outside are not valid.
 
         Raises:
             RasterError: no such file, not a raster, truncated.
@@ -116,7 +119,10 @@ class SceneDataset(RasterDataset):
         self._crs_forced = crs is not None and any(info.grid.crs != target for info in infos)
         self._native_res = common_resolution(infos, target, self._any_resolution)
         self._res = self._native_res
+        self.area = area
         self.index = build_index(infos, [record.interval for record in records], target)
+        if area is not None:
+            self.index = area.clip(self.index)
         if res is not None:
             self.res = res
         self._readers = self._pool()
@@ -210,6 +216,18 @@ class SceneDataset(RasterDataset):
 
     def _read(self, place: tuple[slice, slice, slice]) -> tuple[Array, Mask | None, PixelGrid]:
         """As `read_query`; the mask is None where every pixel holds data."""
+        numbers, valid, grid = self._read_anywhere(place)
+        return numbers, self._within(valid, grid), grid
+
+    def _within(self, valid: Mask | None, grid: PixelGrid) -> Mask | None:
+        """The mask without what lies outside the area."""
+        outside = None if self.area is None else self.area.outside(grid)
+        if outside is None:
+            return valid
+        return ~outside if valid is None else valid & ~outside
+
+    def _read_anywhere(self, place: tuple[slice, slice, slice]) -> tuple[Array, Mask | None, PixelGrid]:
+        """As `_read`, without regard to the area."""
         x, y, t = place
         catalog = self._catalog
         bounds = (x.start, y.start, x.stop, y.stop)
@@ -231,7 +249,7 @@ class SceneDataset(RasterDataset):
             return self._read_lattice(rows, x, y, (height, width))
         grid = PixelGrid(catalog.crs, Affine(x.step, 0.0, x.start, 0.0, -y.step, y.stop), height, width)
         if not resampled:
-            first, grid = self._own_grid(rows, grid)
+            first, grid = own_grid(catalog, self._infos, rows, grid)
             rows = [first, *(row for row in rows if row != first)]
         return *self._mosaic(rows, grid), grid
 
@@ -249,7 +267,9 @@ class SceneDataset(RasterDataset):
             col: first column.
             size_hw: rows and columns.
         """
-        return self._read_scene(path, self.window_grid(path, row, col, size_hw))
+        grid = self.window_grid(path, row, col, size_hw)
+        numbers, valid = self._read_scene(path, grid)
+        return numbers, valid if self.area is None else cast(Mask, self._within(valid, grid))
 
     def window_grid(self, path: Path, row: int, col: int, size_hw: tuple[int, int]) -> PixelGrid:
         """Where the pixels of `read_window` lie."""
@@ -269,7 +289,8 @@ class SceneDataset(RasterDataset):
         """
         own = self._catalog.crs
         bounds = grid.bounds if grid.crs == own else warp.transform_bounds(grid.crs, own, *grid.bounds)
-        return self._mosaic(self._catalog.find(bounds, start, stop), grid)
+        numbers, valid = self._mosaic(self._catalog.find(bounds, start, stop), grid)
+        return numbers, cast(Mask, self._within(valid, grid))
 
     def intervals(
         self, bounds: tuple[float, float, float, float], besides: tuple[Any, Any]
@@ -309,9 +330,9 @@ class SceneDataset(RasterDataset):
         """Fills in what a query leaves out: the data set's bounds, its resolution, all times."""
         given = (index,) if isinstance(index, slice) else index
         whole_x, whole_y, whole_t = self._catalog.bounds
-        x = _filled(given[0], whole_x, self._res[0])
-        y = _filled(given[1] if len(given) > 1 else _ALL, whole_y, self._res[1])
-        t = _filled(given[2] if len(given) > 2 else _ALL, whole_t, 1)
+        x = filled_slice(given[0], whole_x, self._res[0])
+        y = filled_slice(given[1] if len(given) > 1 else _ALL, whole_y, self._res[1])
+        t = filled_slice(given[2] if len(given) > 2 else _ALL, whole_t, 1)
         if x.stop <= x.start or y.stop <= y.start:
             raise IndexError(f"empty query: x {x.start} to {x.stop}, y {y.start} to {y.stop}")
         return x, y, t
@@ -414,24 +435,6 @@ class SceneDataset(RasterDataset):
             return "nearest"
         return "average" if wanted.gsd_m > _AVERAGE_FROM_RATIO * own.gsd_m else "bilinear"
 
-    def _own_grid(self, rows: list[int], wanted: PixelGrid) -> tuple[int, PixelGrid]:
-        """The row whose file leads, and the window of as many pixels in that file's own grid."""
-        catalog = self._catalog
-        (xmin, ymin, xmax, ymax), size = wanted.bounds, wanted.shape_hw
-        center = ((xmin + xmax) / 2, (ymin + ymax) / 2)
-        all_native = all(same_lattice(self._infos[catalog.paths[row]].grid, wanted) for row in rows)
-        first = rows[0] if all_native else catalog.nearest(rows, *center)
-        own = self._infos[catalog.paths[first]].grid.southward()
-        if same_lattice(own, wanted):
-            col, row = ~own.transform @ (xmin, ymax)
-        else:
-            col, row = ~own.transform @ transformer(wanted.crs, own.crs).transform(*center)
-            row, col = (
-                move_inside(row - size[0] / 2, size[0], own.height),
-                move_inside(col - size[1] / 2, size[1], own.width),
-            )
-        return first, own.window_grid(Window(round(col), round(row), size[1], size[0]))
-
     def _describe(self, bands: Sequence[str] | None) -> None:
         """Sets what torchgeo wants to know of a sensor."""
         if self.sensor is None:
@@ -455,7 +458,8 @@ class SceneDataset(RasterDataset):
         """Whether one data set could hold the files of both."""
 
         def reading(data: SceneDataset) -> tuple[Any, ...]:
-            return data.sensor, data.band_indexes, data.is_image, data.transforms, data._numpy_dtype
+            own = data.sensor, data.band_indexes, data.is_image, data.transforms, data._numpy_dtype
+            return *own, data.area
 
         resampled = any(data._crs_forced or data._res != data._native_res for data in (self, other))
         return not resampled and reading(self) == reading(other)
@@ -480,12 +484,3 @@ def _sensor(sensor: Sensor | str | None, is_image: bool) -> Sensor | None:
     if sensor is None and not is_image:
         return None
     return get_sensor(sensor or "aerial_rgb")
-
-
-def _filled(part: slice, whole: tuple[Any, Any], step: float) -> slice:
-    """A slice with what it leaves out."""
-    return slice(
-        whole[0] if part.start is None else part.start,
-        whole[1] if part.stop is None else part.stop,
-        step if part.step is None else part.step,
-    )

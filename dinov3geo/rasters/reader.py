@@ -22,6 +22,7 @@ from rasterio.windows import Window
 from dinov3geo.errors import DataError, RasterError
 from dinov3geo.rasters.blocks import Block, BlockCache, block_side, read_through, worth_keeping
 from dinov3geo.rasters.grid import PixelGrid, aligned_window
+from dinov3geo.rasters.lists import listed_rasters
 from dinov3geo.rasters.sensor import Quality
 from dinov3geo.rasters.tiff import missing_bytes
 from dinov3geo.rasters.warping import RESAMPLINGS, warp_onto
@@ -64,7 +65,8 @@ def find_rasters(spec: str | Path | Sequence[str | Path]) -> list[Path]:
 
     Args:
         spec: a folder (searched recursively for *.tif, *.tiff, *.vrt, *.jp2 in any case; hidden files are
-            skipped), a file (any name), a glob such as `plots/**/*_rgb.tif`, or a sequence of these.
+            skipped), a file (any name), a glob such as `plots/**/*_rgb.tif`, a list (see
+            `lists.listed_rasters`), or a sequence of these.
 
     Returns:
         Sorted paths without duplicates, at least one.
@@ -361,6 +363,9 @@ def read_on_grid(
 def _find(spec: str | Path) -> list[Path]:
     """Rasters that one file, folder or glob names."""
     path = Path(spec).expanduser()
+    listed = listed_rasters(path)
+    if listed is not None:
+        return listed
     if path.is_file():
         return [path]
     if path.is_dir():
