@@ -1,4 +1,4 @@
-"""Stitched features of a scene in a Zarr store: written strip by strip, read without the network.
+"""Stitched features of a scene in a Zarr store, read without the network.
 
 Layout (Zarr version 3): `features [feature, y, x]`, `x [x]` and `y [y]` (centres of the cells), and
 `spatial_ref` with the reference system as CF and rioxarray want it. xarray opens it; numbers of 8 bits carry
@@ -7,8 +7,6 @@ CF's `scale_factor`, so that xarray gives floats and NaN where there is no data.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,6 @@ STORED = ("float32", "float16", "int8")
 """Types of stored features."""
 
 INT8_NODATA = -128
-_CHUNK = 64
-_MAX_CHUNK_FEATURES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,116 +84,6 @@ def import_zarr() -> Any:  # noqa: ANN401 (a module that may not be installed)
     except ImportError as error:
         raise ConfigError("feature stores need zarr; install it: pip install 'dinov3geo[stores]'") from error
     return zarr
-
-
-class ZarrWriter:
-    """Writes a store from its first row to its last; a context manager. Whole or absent."""
-
-    def __init__(
-        self,
-        path: Path,
-        grid: PixelGrid,
-        names: Sequence[str],
-        stored: StoredType,
-        *,
-        attributes: dict[str, str],
-        overwrite: bool = False,
-    ) -> None:
-        """Checks the place.
-
-        Args:
-            path: folder of the store, `X.zarr`.
-            grid: of the cells.
-            names: of the features.
-            stored: how they are stored.
-            attributes: of the store, e.g. the model.
-            overwrite: whether an existing store may be replaced.
-
-        Raises:
-            ConfigError: zarr is not installed.
-            RasterError: the path exists.
-        """
-        self._zarr = import_zarr()
-        if path.exists() and (not overwrite or not (path / "zarr.json").exists()):
-            raise RasterError(f"cannot write {path}: it exists already; choose another name or overwrite it")
-        self.path, self.grid, self.names, self.stored = path, grid, tuple(names), stored
-        self._attributes = attributes
-        self._folder = path.with_name(f".{path.name}.unfinished")
-        self._features: Any = None
-        self.next_row = 0
-
-    def __enter__(self) -> ZarrWriter:
-        """Makes the store under a hidden name."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._make()
-        except OSError as error:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise RasterError(f"cannot write {self.path}: {error}") from error
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Gives the store its name, or removes it after an error."""
-        if kind is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            return
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self._folder.rename(self.path)
-
-    def write(self, values: Floats, valid: Mask) -> None:
-        """Writes the next rows.
-
-        Args:
-            values: [K, n, width].
-            valid: [n, width].
-        """
-        stop = self.next_row + values.shape[1]
-        try:
-            self._features[:, self.next_row : stop] = self.stored.encode(values, valid)
-        except OSError as error:
-            raise RasterError(f"cannot write {self.path}: {error}") from error
-        self.next_row = stop
-
-    def _make(self) -> None:
-        grid, count = self.grid, len(self.names)
-        root = self._zarr.create_group(self._folder, zarr_format=3)
-        root.attrs.update(
-            {"Conventions": "CF-1.8", "transform": list(grid.transform)[:6], **self._attributes}
-        )
-        nodata: Any = INT8_NODATA if self.stored.dtype == "int8" else float("nan")
-        chunks = (min(count, _MAX_CHUNK_FEATURES), min(_CHUNK, grid.height), min(_CHUNK, grid.width))
-        self._features = root.create_array(
-            "features",
-            shape=(count, *grid.shape_hw),
-            chunks=chunks,
-            dtype=self.stored.dtype,
-            fill_value=nodata,
-            dimension_names=("feature", "y", "x"),
-        )
-        described: dict[str, Any] = {"grid_mapping": "spatial_ref", "coordinates": "spatial_ref"}
-        if self.stored.dtype == "int8":
-            described |= {"scale_factor": self.stored.scale, "add_offset": 0.0, "_FillValue": INT8_NODATA}
-        self._features.attrs.update(described)
-        transform = grid.transform
-        for name, start, step, length in (
-            ("x", transform.c, transform.a, grid.width),
-            ("y", transform.f, transform.e, grid.height),
-        ):
-            centres = start + step * (np.arange(length) + 0.5)
-            axis = root.create_array(name, data=centres, dimension_names=(name,))
-            axis.attrs.update({"axis": name.upper(), "standard_name": f"projection_{name}_coordinate"})
-        place = root.create_array("spatial_ref", data=np.array(0), dimension_names=())
-        t = transform
-        place.attrs.update(
-            {
-                "crs_wkt": grid.crs.to_wkt(),
-                "spatial_ref": grid.crs.to_wkt(),
-                "GeoTransform": f"{t.c} {t.a} {t.b} {t.f} {t.d} {t.e}",
-            }
-        )
-        root.attrs["feature_names"] = list(self.names)
 
 
 class FeatureStore:

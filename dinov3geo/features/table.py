@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 
-from dinov3geo.errors import RasterError
-from dinov3geo.features.store import Floats, Mask, StoredType
+from dinov3geo.features.banded import BandedWriter
+from dinov3geo.features.store import Mask, StoredType
 from dinov3geo.paths import check_free
 from dinov3geo.rasters.grid import PixelGrid
 from dinov3geo.rasters.parquet import geo_metadata, import_pyarrow
 
 
-class TableWriter:
-    """Writes a table from the first row of patches to the last; a context manager. Whole or absent.
+class TableWriter(BandedWriter):
+    """Writes a table from the first row of patches to the last.
 
     Columns: `row`, `col`, `features` (a list of fixed length) and `geometry`, the centre of the patch.
     Patches without data are left out. The scale of 8-bit features stands in the file's metadata.
@@ -32,58 +33,50 @@ class TableWriter:
         stored: StoredType,
         *,
         attributes: dict[str, str],
+        job: str = "",
         overwrite: bool = False,
     ) -> None:
-        """Checks the place; arguments as `ZarrWriter`."""
+        """Checks the place; see `BandedWriter`."""
         self._arrow = import_pyarrow("feature tables")
         check_free(path, overwrite=overwrite)
-        self.path, self.grid, self.names, self.stored = path, grid, tuple(names), stored
-        self._temporary = path.with_name(f".{path.name}.unfinished")
-        self._schema = self._make_schema(attributes)
-        self._writer: Any = None
-        self.next_row = 0
+        super().__init__(path, grid, names, stored, attributes=attributes, job=job, overwrite=overwrite)
+        self._schema: Any = None
 
-    def __enter__(self) -> TableWriter:
-        """Makes the file under a hidden name."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = self._arrow.parquet.ParquetWriter(
-                self._temporary, self._schema, compression="zstd"
-            )
-        except OSError as error:
-            raise RasterError(f"cannot write {self.path}: {error}") from error
-        return self
+    def _begin(self) -> None:
+        self._schema = self._make_schema(self._attributes)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Gives the file its name, or removes it after an error."""
-        self._writer.close()
-        if kind is None:
-            self._temporary.replace(self.path)
-        else:
-            self._temporary.unlink(missing_ok=True)
-
-    def write(self, values: Floats, valid: Mask) -> None:
-        """Writes the next rows of patches: values [K, n, width] and valid [n, width]."""
+    def _encode(self, row: int, stored: NDArray[Any], valid: Mask) -> bytes:
         rows, cols = np.nonzero(valid)
-        stored = self.stored.encode(values, valid)[:, rows, cols].T
-        rows = rows + self.next_row
         transform = self.grid.transform
         centres = shapely.points(
-            transform.c + transform.a * (cols + 0.5), transform.f + transform.e * (rows + 0.5)
+            transform.c + transform.a * (cols + 0.5), transform.f + transform.e * (rows + row + 0.5)
         )
         arrow = self._arrow
-        flat = arrow.array(np.ascontiguousarray(stored).ravel())
+        flat = arrow.array(np.ascontiguousarray(stored[:, rows, cols].T).ravel())
         columns = [
-            arrow.array(rows, arrow.int32()),
+            arrow.array(rows + row, arrow.int32()),
             arrow.array(cols, arrow.int32()),
             arrow.FixedSizeListArray.from_arrays(flat, len(self.names)),
             arrow.array(shapely.to_wkb(centres), arrow.binary()),
         ]
-        try:
-            self._writer.write_table(arrow.Table.from_arrays(columns, schema=self._schema))
-        except OSError as error:
-            raise RasterError(f"cannot write {self.path}: {error}") from error
-        self.next_row += values.shape[1]
+        sink = arrow.BufferOutputStream()
+        table = arrow.Table.from_arrays(columns, schema=self._schema)
+        arrow.parquet.write_table(table, sink, compression="zstd")
+        content: bytes = sink.getvalue().to_pybytes()
+        return content
+
+    def _finish(self, bands: Sequence[Path]) -> None:
+        # A band becomes a row group, so that one at a time is in memory.
+        whole = self._folder.path / "output.parquet"
+        parquet = self._arrow.parquet
+        with parquet.ParquetWriter(whole, self._schema, compression="zstd") as writer:
+            for band in bands:
+                # Not `read_table`, which would take part of a path for a column.
+                table = parquet.ParquetFile(band).read()
+                if table.num_rows:
+                    writer.write_table(table)
+        check_free(self.path, overwrite=self._overwrite)
+        whole.replace(self.path)
 
     def _make_schema(self, attributes: dict[str, str]) -> Any:  # noqa: ANN401 (of pyarrow)
         arrow = self._arrow

@@ -19,6 +19,7 @@ from dinov3geo.predict.stream import Array, Floats, Mask, RunTiles, output_shape
 from dinov3geo.rasters.geotiff import GeoTiffWriter, block_cache
 from dinov3geo.rasters.grid import PixelGrid, TilePlan
 from dinov3geo.rasters.reader import SceneReader
+from dinov3geo.rasters.threads import quick_handover
 from dinov3geo.rasters.unfinished import Statistics
 
 Progress = Callable[[int, int], None]
@@ -146,6 +147,7 @@ def write_maps(
     """
     check_engine(engine)
     with ExitStack() as stack:
+        stack.enter_context(quick_handover())
         writers = [
             stack.enter_context(
                 GeoTiffWriter(
@@ -185,7 +187,7 @@ def _rows(engine: str, task: TileTask, first_row: int, counter: Counter) -> Stri
 
 def check_finite(values: Floats, valid: Mask, scene: Path) -> None:
     """Raises `DataError` if a model gave NaN or infinity where there is data."""
-    if not np.isfinite(values[:, valid]).all():
+    if not (np.isfinite(values) | ~valid).all():
         raise DataError(f"the model gave NaN or infinity on scene {scene}; its weights may be damaged")
 
 

@@ -53,10 +53,17 @@ class SceneJob:
         """What to compute with a model that gives so many values per cell."""
         return TileTask(self.scene, self.bands, self.plan, self.stride, self.batch_size, outputs, make_runner)
 
-    def sample(self, features: RunTiles) -> Floats:
+    def sample(self, features: RunTiles, *, max_tiles: int = 32, max_patches: int = 20_000) -> Floats:
         """Features [N, D] of patches drawn from all over the scene; raises `DataError` if it is empty."""
         with block_cache(CACHE_BYTES), SceneReader(self.scene, bands=self.bands) as reader:
-            return sample_features(reader, self.plan, features, stride=self.stride)
+            return sample_features(
+                reader,
+                self.plan,
+                features,
+                stride=self.stride,
+                max_tiles=max_tiles,
+                max_patches=max_patches,
+            )
 
 
 def prepare(

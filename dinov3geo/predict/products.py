@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from dinov3geo.predict.jobs import canopy_input, file_tags, model_facts, prepare
 from dinov3geo.predict.preview import write_preview
 from dinov3geo.predict.runners import canopy_runner, feature_runner, pca_runner
 from dinov3geo.predict.stores import WRITERS, write_store
-from dinov3geo.predict.stream import RunTiles
+from dinov3geo.predict.stream import Floats, RunTiles
+
+_SAMPLED_TILES, _SAMPLED_PATCHES = 64, 20_000
 
 MAX_BANDS = 512
 """Of a file of features; a block of a GeoTIFF holds all bands, and whoever reads it holds some blocks."""
@@ -193,13 +196,15 @@ def predict_features(
     overlap: int = 128,
     batch_size: int | None = None,
     compiled: bool = False,
+    sample: Floats | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     command: str = "",
 ) -> FeatureReport:
     """Writes the stitched patch features of a scene, one cell per patch.
 
-    Features are those of the last block; where a patch holds no valid pixel there is no data.
+    Features are those of the last block; where a patch holds no valid pixel there is no data. A run that was
+    killed goes on where it was when it is started again.
 
     Args:
         scene: raster file.
@@ -214,6 +219,8 @@ def predict_features(
         overlap: pixels that neighbouring tiles share, rounded down to whole patches.
         batch_size: tiles per forward pass; None for as many as suit the device.
         compiled: see `predict_canopy`.
+        sample: [N, D] features that components and the scale of 8-bit numbers are fitted on, the same for
+            all scenes of a set (`sample_scenes`); None for patches of this scene.
         overwrite: whether an existing output may be replaced.
         progress: told about tiles done.
         command: written into the file's tags.
@@ -238,9 +245,16 @@ def predict_features(
     names = tuple(f"feature {number}" for number in range(backbone.embed_dim))
     make_runner: Callable[[], RunTiles] = make_features
     explained: tuple[float, ...] = ()
-    sample = (
-        job.sample(make_features()) if pca is not None or dtype == "int8" else np.zeros((1, 1), np.float32)
-    )
+    if sample is None and (pca is not None or dtype == "int8"):
+        sample = job.sample(make_features())
+    sample = np.zeros((1, 1), np.float32) if sample is None else np.ascontiguousarray(sample)
+    facts = {
+        "weights": weights_digest(backbone),
+        "pca": pca,
+        "image_scale": image_scale,
+        "compiled": compiled,
+        "sample": hashlib.sha256(sample.tobytes()).hexdigest(),
+    }
     if pca is not None:
         basis = fit_pca(sample, components=pca)
         sample = basis.project(sample)
@@ -250,16 +264,9 @@ def predict_features(
     stored, tags = StoredType.fitted(dtype, sample), file_tags(wanted.name, command)
     task = job.task(make_runner, len(names))
     if is_store:
-        tiles, patches = write_store(
-            output, task, job.cells, names, stored, attributes=tags, overwrite=overwrite, progress=progress
-        )
+        store = functools.partial(write_store, output, task, job.cells, names, stored, attributes=tags)
+        tiles, patches = store(job=facts, overwrite=overwrite, progress=progress)
     else:
-        facts = {
-            "weights": weights_digest(backbone),
-            "pca": pca,
-            "image_scale": image_scale,
-            "compiled": compiled,
-        }
         encoding = feature_encoding(names, stored, tags=tags)
         outcome = write_map(
             output, task, job.cells, encoding, job=facts, overwrite=overwrite, progress=progress
@@ -275,6 +282,43 @@ def predict_features(
         explained=explained,
         warnings=job.warnings,
     )
+
+
+def sample_scenes(
+    scenes: Sequence[Path],
+    backbone: Backbone,
+    *,
+    image_scale: float = 1.0,
+    tile: int = 512,
+    overlap: int = 128,
+    progress: Callable[[int, int], None] | None = None,
+) -> Floats:
+    """Features of patches from all over a set of scenes, for components that mean the same in all of them.
+
+    Args:
+        scenes: raster files.
+        backbone: with a card, on the device to compute on.
+        image_scale: as `predict_features`.
+        tile: likewise.
+        overlap: likewise.
+        progress: told about scenes done.
+
+    Returns:
+        [N, D], N at most 20,000, about as many from each scene.
+
+    Raises:
+        RasterError, GeoreferenceError, DataError, ConfigError: as `predict_features`.
+    """
+    wanted, stride = ModelInput.of_backbone(backbone), pixels_per_patch(backbone.patch_size, image_scale)
+    features = feature_runner(backbone, image_scale=image_scale)
+    tiles, patches = (-(-limit // len(scenes)) for limit in (_SAMPLED_TILES, _SAMPLED_PATCHES))
+    found = []
+    for number, scene in enumerate(scenes, start=1):
+        job = prepare(scene, wanted, tile, overlap, 1, stride=stride)
+        found.append(job.sample(features, max_tiles=tiles, max_patches=patches))
+        if progress is not None:
+            progress(number, len(scenes))
+    return np.concatenate(found)
 
 
 def _check_features(output: Path, dimensions: int, dtype: str, *, is_store: bool) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
 from dinov3geo.errors import DataError
-from dinov3geo.features.store import StoredType, ZarrWriter
+from dinov3geo.features.store import StoredType
 from dinov3geo.features.table import TableWriter
-from dinov3geo.predict.engines import Counter, Progress, TileTask, check_finite
+from dinov3geo.features.zarr_writer import ZarrWriter
+from dinov3geo.predict.encodings import feature_encoding
+from dinov3geo.predict.engines import Counter, Progress, TileTask, check_finite, job_name
 from dinov3geo.rasters.grid import PixelGrid
 
 WRITERS: dict[str, type[ZarrWriter] | type[TableWriter]] = {".zarr": ZarrWriter, ".parquet": TableWriter}
@@ -23,10 +26,11 @@ def write_store(
     stored: StoredType,
     *,
     attributes: dict[str, str],
+    job: Mapping[str, object],
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[int, int]:
-    """Computes the features of a scene and stores them.
+    """Computes the features of a scene and stores them; a run that was killed goes on where it was.
 
     Args:
         output: name that ends in a key of `WRITERS`.
@@ -35,29 +39,32 @@ def write_store(
         names: of the features.
         stored: how they are stored.
         attributes: of the store.
+        job: names the backbone and its settings; scene, tiles and types are added.
         overwrite: whether an existing store may be replaced.
         progress: told about tiles done.
 
     Returns:
-        Tiles run and patches with data.
+        Tiles run (those of an earlier run that was cut off are not counted) and patches with data.
 
     Raises:
         DataError: no valid pixel at all, or a backbone that gives NaN.
         ConfigError: the package that writes such a store is not installed.
         RasterError: the scene cannot be read or the store not written.
     """
-    counter = Counter(task, 0, progress)
     make_writer = WRITERS[output.suffix.lower()]
-    patches = 0
-    with make_writer(output, grid, names, stored, attributes=attributes, overwrite=overwrite) as writer:
-        with closing(task.rows(0, task.shape_hw[0], counter.counting(task.make_runner()))) as strips:
+    name = job_name(task, feature_encoding(names, stored, tags={}), job)
+    with make_writer(
+        output, grid, names, stored, attributes=attributes, job=name, overwrite=overwrite
+    ) as writer:
+        counter = Counter(task, writer.next_row, progress)
+        rows = task.rows(writer.next_row, task.shape_hw[0], counter.counting(task.make_runner()))
+        with closing(rows) as strips:
             for _, values, valid in strips:
                 check_finite(values, valid, task.scene)
                 writer.write(values, valid)
-                patches += int(valid.sum())
-        if not patches:
+        if not writer.cells:
             raise DataError(
                 f"scene {task.scene} holds no valid pixel: all of it is nodata; nothing was written"
             )
     counter.finish()
-    return counter.done, patches
+    return counter.done - counter.before, writer.cells

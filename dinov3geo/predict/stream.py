@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from dinov3geo.rasters.grid import TilePlan, blend_weights
+from dinov3geo.rasters.threads import step_back
 
 Array = NDArray[np.generic]
 Floats = NDArray[np.float32]
@@ -275,7 +276,9 @@ class _Work:
 
         depth = BATCHES_AHEAD * self.batch_size + len(self.readers) - 1
         ahead: deque[Future[Tile]] = deque()
-        with ThreadPoolExecutor(max_workers=len(self.readers), thread_name_prefix="read-tiles") as pool:
+        with ThreadPoolExecutor(
+            max_workers=len(self.readers), thread_name_prefix="read-tiles", initializer=step_back
+        ) as pool:
             try:
                 for start in starts:
                     ahead.append(pool.submit(read, start))

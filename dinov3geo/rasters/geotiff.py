@@ -26,6 +26,7 @@ from dinov3geo.rasters.cog import Level, write_cog
 from dinov3geo.rasters.grid import PixelGrid
 from dinov3geo.rasters.layer import FEW_BANDS, Layer, Rgb
 from dinov3geo.rasters.overviews import Overviews, halve
+from dinov3geo.rasters.threads import step_back
 from dinov3geo.rasters.unfinished import FinishedStrip, Statistics, WorkFolder
 
 __all__ = ["GeoTiffWriter", "Layer", "Overviews", "block_cache", "write_geotiff"]
@@ -212,7 +213,9 @@ class _LevelStack:
         while max(self._levels[-1].shape_hw) > layer.block:
             height, width = self._levels[-1].shape_hw
             self._levels.append(_LevelBuffer(-(-height // 2), -(-width // 2), layer))
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-strip")
+        self._pool = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="write-strip", initializer=step_back
+        )
         self._waiting: Future[None] | None = None
         self._raw_bytes = self._stored_bytes = 0
 
@@ -320,9 +323,12 @@ class _LevelBuffer:
         block = self._layer.block
         edges = ((0, 0), (0, block - rows.shape[1]), (0, -rows.shape[2] % block))
         padded = np.pad(rows, edges, mode="edge")
+        # While rows are still to come, a network computes them; blocks are the same however many threads.
+        cores = os.cpu_count() or 1
+        threads = max(cores // 2, 1) if self.rows_left else cores
         options = _creation_options(self._layer) | {"height": block, "width": padded.shape[2]}
         with MemoryFile() as memory:
-            with memory.open(**options, transform=_SOMEWHERE, NUM_THREADS="ALL_CPUS") as dataset:
+            with memory.open(**options, transform=_SOMEWHERE, NUM_THREADS=str(threads)) as dataset:
                 dataset.write(padded)
             content: bytes = memory.read()
         return content

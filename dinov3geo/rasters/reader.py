@@ -24,6 +24,7 @@ from dinov3geo.rasters.blocks import Block, BlockCache, block_side, read_through
 from dinov3geo.rasters.grid import PixelGrid, aligned_window
 from dinov3geo.rasters.lists import listed_rasters
 from dinov3geo.rasters.sensor import Quality
+from dinov3geo.rasters.stac import split_spec, stac_rasters
 from dinov3geo.rasters.tiff import missing_bytes
 from dinov3geo.rasters.warping import RESAMPLINGS, warp_onto
 
@@ -66,14 +67,15 @@ def find_rasters(spec: str | Path | Sequence[str | Path]) -> list[Path]:
     Args:
         spec: a folder (searched recursively for *.tif, *.tiff, *.vrt, *.jp2 in any case; hidden files are
             skipped), a file (any name), a glob such as `plots/**/*_rgb.tif`, a list (see
-            `lists.listed_rasters`), or a sequence of these.
+            `lists.listed_rasters`), a STAC document of local files (`items.json`, or `items.json#visual`
+            for one asset of each item), or a sequence of these.
 
     Returns:
         Sorted paths without duplicates, at least one.
 
     Raises:
         RasterError: a named file or folder does not exist.
-        DataError: nothing was found.
+        DataError: nothing was found, or a STAC document that does not tell which rasters are meant.
     """
     specs = [spec] if isinstance(spec, str | Path) else list(spec)
     found = sorted({path for item in specs for path in _find(item)})
@@ -361,7 +363,10 @@ def read_on_grid(
 
 
 def _find(spec: str | Path) -> list[Path]:
-    """Rasters that one file, folder or glob names."""
+    """Rasters that one file, folder, glob or STAC document names."""
+    document = split_spec(spec)
+    if document is not None:
+        return stac_rasters(*document)
     path = Path(spec).expanduser()
     listed = listed_rasters(path)
     if listed is not None:

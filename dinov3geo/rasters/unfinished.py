@@ -254,7 +254,9 @@ class WorkFolder:
 
     def _clear(self) -> None:
         for file in self.path.iterdir():
-            if file.name != _LOCK:
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file.name != _LOCK:
                 file.unlink()
 
     def _finished(self) -> Iterator[FinishedStrip]:

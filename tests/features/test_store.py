@@ -11,8 +11,9 @@ from affine import Affine
 from rasterio.crs import CRS
 
 from dinov3geo.errors import ConfigError, DataError, RasterError
-from dinov3geo.features.store import FeatureStore, StoredType, ZarrWriter
+from dinov3geo.features.store import FeatureStore, StoredType
 from dinov3geo.features.table import TableWriter
+from dinov3geo.features.zarr_writer import ZarrWriter
 from dinov3geo.rasters.grid import PixelGrid
 
 GRID = PixelGrid(CRS.from_epsg(32617), Affine(1.6, 0, 400_000, 0, -1.6, 3_280_000), 70, 90)
@@ -123,22 +124,29 @@ def test_bad_names(tmp_path: Path) -> None:
         FeatureStore(tmp_path)
 
 
-def test_features_of_a_scene_go_into_each_kind_of_store(
-    write_raster: Callable[..., Path], tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def tiny_backbone() -> object:
+    """Two untrained blocks, 24 wide."""
     import torch
 
     from dinov3geo.backbones.card import BackboneCard, Normalization
     from dinov3geo.backbones.vit import VisionTransformer, VitConfig
-    from dinov3geo.predict.products import predict_features
 
     torch.manual_seed(0)
     backbone = VisionTransformer(VitConfig(24, 2, 2, "mlp", 48, layer_scale=0.5)).eval().requires_grad_(False)
     scale = (1 / 255,) * 3
     normalization = Normalization(("red", "green", "blue"), scale, (0.0,) * 3, (0.5,) * 3, (0.2,) * 3)
     backbone.card = BackboneCard("vit-test", "vit_tiny", 16, normalization)
+    return backbone
+
+
+def test_features_of_a_scene_go_into_each_kind_of_store(
+    write_raster: Callable[..., Path], tmp_path: Path, tiny_backbone: object
+) -> None:
+    from dinov3geo.predict.products import predict_features
+
     scene = write_raster(shape=(3, 100, 150), nodata=0)
-    options = {"backbone": backbone, "tile": 64, "overlap": 16}
+    options = {"backbone": tiny_backbone, "tile": 64, "overlap": 16}
     predict_features(scene, tmp_path / "f.tif", **options)
     report = predict_features(scene, tmp_path / "f.zarr", dtype="float16", **options)
     predict_features(scene, tmp_path / "i.tif", dtype="int8", **options)
@@ -153,3 +161,91 @@ def test_features_of_a_scene_go_into_each_kind_of_store(
     np.testing.assert_allclose(FeatureStore(tmp_path / "f.zarr").read(), expected, atol=5e-3)
     with pytest.raises(ConfigError, match="float16 goes into"):
         predict_features(scene, tmp_path / "h.tif", dtype="float16", **options)
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing but the journal is left to go by."""
+
+
+def feature_run(scene: Path, output: Path, backbone: object, *, stop_after: int | None = None) -> int:
+    """Computes features; returns the calls of the network."""
+    from dinov3geo.predict.products import predict_features
+
+    calls = 0
+
+    def count(done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop_after:
+            raise Killed
+
+    predict_features(
+        scene, output, backbone=backbone, tile=64, overlap=16, batch_size=2, dtype="int8", progress=count
+    )
+    return calls
+
+
+def content_of(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("name", ["f.zarr", "f.parquet"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    write_raster: Callable[..., Path], tmp_path: Path, tiny_backbone: object, name: str
+) -> None:
+    pytest.importorskip("pyarrow")
+    scene = write_raster(shape=(3, 2500, 70), nodata=0)
+    whole = feature_run(scene, tmp_path / "whole" / name, tiny_backbone)
+    output = tmp_path / "broken" / name
+    for calls in (30, 25):  # a band of 64 rows takes 21
+        with pytest.raises(Killed):
+            feature_run(scene, output, tiny_backbone, stop_after=calls)
+        assert [path.name for path in output.parent.iterdir()] == [f".{name}.unfinished"]
+    from dinov3geo.predict.products import predict_features
+
+    with pytest.raises(RasterError, match="unfinished work of another command"):
+        predict_features(scene, output, backbone=tiny_backbone, tile=64, overlap=0)
+    rest = feature_run(scene, output, tiny_backbone)
+    assert rest < whole / 2
+    assert content_of(output) == content_of(tmp_path / "whole" / name)
+    assert [path.name for path in output.parent.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(ZarrWriter, "f.zarr"), (TableWriter, "f.parquet")])
+@pytest.mark.parametrize("step", [1, 64, 70])
+def test_bytes_do_not_depend_on_how_rows_arrive(tmp_path: Path, kind: type, name: str, step: int) -> None:
+    pytest.importorskip("pyarrow")
+    write(kind, tmp_path / name)
+    other = tmp_path / "other" / name
+    with kind(other, GRID, NAMES, StoredType("float32"), attributes={"DINOV3GEO_MODEL": "x"}) as writer:
+        for start in range(0, 70, step):
+            writer.write(VALUES[:, start : start + step].copy(), VALID[start : start + step])
+    assert content_of(other) == content_of(tmp_path / name)
+    assert writer.cells == VALID.sum()
+
+
+def test_missing_rows_are_an_error_and_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="10 of 70 rows"):
+        with ZarrWriter(tmp_path / "f.zarr", GRID, NAMES, StoredType("float32"), attributes={}) as writer:
+            writer.write(VALUES[:, :10].copy(), VALID[:10])
+    assert not list(tmp_path.iterdir())
+
+
+def test_components_of_a_set_of_scenes_mean_the_same_in_all_of_them(
+    write_raster: Callable[..., Path], tmp_path: Path, tiny_backbone: object
+) -> None:
+    from dinov3geo.features.visualize import fit_pca
+    from dinov3geo.predict.products import predict_features, sample_scenes
+
+    scenes = [write_raster(f"{k}.tif", shape=(3, 96, 96), seed=k) for k in range(2)]
+    options = {"backbone": tiny_backbone, "tile": 96, "overlap": 0}
+    sample = sample_scenes(scenes, **options)
+    assert sample.shape == (72, 24)
+    basis = fit_pca(sample, components=3)
+    for scene in scenes:
+        predict_features(scene, scene.with_suffix(".all.zarr"), **options)
+        predict_features(scene, scene.with_suffix(".pca.zarr"), pca=3, sample=sample, **options)
+        features = np.moveaxis(FeatureStore(scene.with_suffix(".all.zarr")).read(), 0, -1)
+        found = np.moveaxis(FeatureStore(scene.with_suffix(".pca.zarr")).read(), 0, -1)
+        np.testing.assert_allclose(found, basis.project(features), atol=1e-4)

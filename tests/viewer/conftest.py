@@ -9,7 +9,8 @@ import pytest
 from affine import Affine
 from rasterio.crs import CRS
 
-from dinov3geo.features.store import StoredType, ZarrWriter
+from dinov3geo.features.store import StoredType
+from dinov3geo.features.zarr_writer import ZarrWriter
 from dinov3geo.rasters.grid import PixelGrid
 
 SIDE = 64
