@@ -11,6 +11,7 @@ import typer
 
 from dinov3geo import __version__
 from dinov3geo.commands.canopy import canopy
+from dinov3geo.commands.classify import classify
 from dinov3geo.commands.console import note
 from dinov3geo.commands.convert import convert
 from dinov3geo.commands.curate import curate
@@ -45,6 +46,7 @@ app.command()(convert)
 app.command()(export)
 app.add_typer(canopy, name="canopy")
 app.add_typer(landcover, name="landcover")
+app.add_typer(classify, name="classify")
 app.command()(features)
 app.add_typer(show, name="show")
 app.command()(view)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dinov3geo.errors import RasterError
@@ -62,3 +64,21 @@ def check_target(path: Path, *, sources: Iterable[Path], overwrite: bool) -> Non
     obstacle = folder_obstacle(path.parent)
     if obstacle is not None:
         raise RasterError(f"cannot write {path}: {obstacle}")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary name in the same folder, which is made, and renames the file when the block is done.
+
+    Raises:
+        RasterError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RasterError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

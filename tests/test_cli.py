@@ -62,6 +62,8 @@ def test_verbs():
         "canopy fit",
         "canopy predict",
         "canopy evaluate",
+        "classify",
+        "classify evaluate",
         "features",
         "show",
         "show pca",

@@ -78,15 +78,19 @@ class ImageFolder(IndexedChips):
             DataError: the file is damaged or no image.
         """
         path = self.files[index]
-        image = torch.from_numpy(_fit(_decode(path), self._chip_size)).permute(2, 0, 1)
+        image = torch.from_numpy(_fit(decode_image(path), self._chip_size)).permute(2, 0, 1)
         sample = {"image": image, "valid": torch.ones(image.shape[1:], dtype=torch.bool)}
         if self._labels:
             sample["label"] = torch.tensor(self._class_indexes[path.parent.name])
         return sample
 
 
-def _decode(path: Path) -> Image.Image:
-    """The image upright in 8-bit RGB."""
+def decode_image(path: Path) -> Image.Image:
+    """The image of a file, upright in 8-bit RGB.
+
+    Raises:
+        DataError: the file is damaged or no image.
+    """
     try:
         with Image.open(path) as opened:
             upright = ImageOps.exif_transpose(opened)

@@ -16,6 +16,7 @@ from dinov3geo.backbones.card import Normalization
 from dinov3geo.data.image_folder import ImageFolder
 from dinov3geo.data.pairs import find_pairs, load_pair
 from dinov3geo.errors import DataError
+from dinov3geo.evaluation.knn import PAPER_TEMPERATURE, weighted_votes
 
 _BATCH = 64
 _EVERY_TEST = 4
@@ -92,7 +93,9 @@ def class_tokens(backbone: Backbone, images: Tensor, normalization: Normalizatio
     return torch.cat(tokens)
 
 
-def knn_accuracy(features: Tensor, data: LabelledImages, *, k: int = 20, temperature: float = 0.07) -> float:
+def knn_accuracy(
+    features: Tensor, data: LabelledImages, *, k: int = 20, temperature: float = PAPER_TEMPERATURE
+) -> float:
     """Share of test images whose class the weighted vote of their nearest training images names.
 
     Args:
@@ -103,12 +106,15 @@ def knn_accuracy(features: Tensor, data: LabelledImages, *, k: int = 20, tempera
 
     Source: Wu et al. 2018 (weighted kNN), as in DINO.
     """
-    unit = F.normalize(features, dim=-1)
-    train, test = unit[~data.is_test], unit[data.is_test]
-    labels = data.labels[~data.is_test]
-    similarity, nearest = (test @ train.T).topk(min(k, len(train)), dim=1)
-    votes = torch.zeros(len(test), int(data.labels.max()) + 1)
-    votes.scatter_add_(1, labels[nearest], (similarity / temperature).softmax(1))
+    train = ~data.is_test
+    votes = weighted_votes(
+        features[train],
+        data.labels[train],
+        features[data.is_test],
+        num_classes=int(data.labels.max()) + 1,
+        ks=(k,),
+        temperature=temperature,
+    )[k]
     return float((votes.argmax(1) == data.labels[data.is_test]).float().mean())
 
 

@@ -1,0 +1,172 @@
+"""`dinov3geo classify`: fit, predict and evaluate classes of whole images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dinov3geo.commands.console import (
+    check_folder,
+    note,
+    print_pairs,
+    print_table,
+    progress_bar,
+    warn,
+)
+from dinov3geo.commands.options import Cache, Changes, Device, Seed, command_line
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dinov3geo.evaluation.results import Row
+
+classify = typer.Typer(help="Classes of whole images.", no_args_is_help=True)
+
+ClassFolder = Annotated[
+    Path,
+    typer.Argument(metavar="FOLDER", help="One sub-folder of images per class.", show_default=False),
+]
+Encoders = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backbone",
+        metavar="NAME|PATH",
+        help="As elsewhere, or rcf, colours, untrained[:VARIANT], timm:MODEL@FILE, transformers:FOLDER. "
+        "Repeatable.",
+        show_default="the starter weights",
+    ),
+]
+Size = Annotated[int, typer.Option(min=1, help="Side that images are resized to, pixels.")]
+CropFrom = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Resize the shorter side to this and cut out the middle, as is usual for photographs.",
+        show_default="resize the whole image",
+    ),
+]
+Bands = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,...", help="Bands of rasters, by name.", show_default="red,green,blue, or the sensor's"
+    ),
+]
+Sensor = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|YAML", help="Whose bands and statistics hold.", show_default="the weights'"),
+]
+Stem = Annotated[
+    str | None,
+    typer.Option(
+        metavar="mean|zero", help="Kernels of bands that the weights do not know.", show_default=False
+    ),
+]
+
+
+@classify.command("evaluate")
+def evaluate(
+    context: typer.Context,
+    folder: ClassFolder,
+    backbones: Encoders = None,
+    baselines: Annotated[
+        bool,
+        typer.Option(help="Put an untrained network, random convolutions and colour statistics beside it."),
+    ] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder for table, picture, report, confusion matrices.", show_default=False
+        ),
+    ] = None,
+    size: Size = 224,
+    crop_from: CropFrom = None,
+    bands: Bands = None,
+    sensor: Sensor = None,
+    stem: Stem = None,
+    per_class: Annotated[
+        int | None, typer.Option(min=1, help="Use so many images of each class.", show_default="all")
+    ] = None,
+    seed: Seed = None,
+    changes: Changes = None,
+    cache: Cache = None,
+    device: Device = "auto",
+) -> None:
+    """Compare backbones: nearest neighbours, logistic regression and few labels, with intervals.
+
+    Images are split 80/20 by a hash of their file names.
+    """
+    from dinov3geo.backbones.device import resolve_device
+    from dinov3geo.backbones.zoo import DEFAULT_BACKBONE
+    from dinov3geo.config import load_model
+    from dinov3geo.evaluation.classification import ClassificationSettings
+    from dinov3geo.evaluation.compare import Task, compare, write_comparison
+    from dinov3geo.evaluation.image_sets import class_folders
+    from dinov3geo.evaluation.named_encoders import BASELINES, Input
+
+    settings = load_model(
+        ClassificationSettings, None, [] if changes is None else changes, values={"seed": seed or 0}
+    )
+    if out is not None:
+        check_folder(out)
+    names = [*(backbones or [DEFAULT_BACKBONE]), *(BASELINES if baselines else ())]
+    wanted = sensor_bands(bands, sensor)
+    seen = Input(
+        size=size,
+        crop_from=crop_from,
+        bands=wanted,
+        sensor=sensor,
+        stem=stem,
+        device=resolve_device(device),
+        seed=settings.seed,
+    )
+    task = Task(class_folders(folder, bands=wanted).limit(per_class), names, seen, settings)
+    with progress_bar("classify") as tell:
+        comparison = compare(
+            task,
+            cache=vector_cache(cache),
+            progress=lambda stage, done, total: tell(done, total, label=stage),
+        )
+    warn(comparison.notes)
+    print_rows(comparison.rows)
+    if out is not None:
+        for path in write_comparison(comparison, out, command=command_line(context)):
+            note(f"wrote {path}")
+
+
+def sensor_bands(bands: str | None, sensor: str | None) -> tuple[str, ...] | None:
+    """Names of the bands to read: those given, else all of the sensor's, else None.
+
+    Raises:
+        UserError: no such sensor or band.
+    """
+    from dinov3geo.rasters.sensors import get_sensor
+
+    names = None if bands is None else tuple(name.strip() for name in bands.split(","))
+    if sensor is None:
+        return names
+    return tuple(band.name for band in get_sensor(sensor).select(names))
+
+
+def vector_cache(folder: Path | None) -> Path:
+    """Folder of vectors."""
+    from dinov3geo.features.extract import default_cache_folder
+
+    return (folder or default_cache_folder()) / "vectors"
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """The main metric: encoders down, methods across, per data set; the intervals below."""
+    for data in dict.fromkeys(row.data for row in rows):
+        own = [row for row in rows if row.data == data and row.main]
+        methods = list(dict.fromkeys(row.method for row in own))
+        cells = {(row.encoder, row.method): row for row in own}
+        metrics = ", ".join(dict.fromkeys(row.metric.replace("_", " ") for row in own))
+        print_pairs([("data", data), ("metric", f"{metrics}, and the 95 % interval")])
+        lines = []
+        for encoder in dict.fromkeys(row.encoder for row in own):
+            found = [cells.get((encoder, method)) for method in methods]
+            lines.append([encoder, *("" if r is None else f"{r.value:.3f}" for r in found)])
+            lines.append(["", *("" if r is None else f"{r.low:.3f}-{r.high:.3f}" for r in found)])
+        print_table(["encoder", *methods], lines)
