@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dinov3geo.commands.canopy_tables import print_evaluation, print_reports
 from dinov3geo.commands.console import (
     check_folder,
-    format_seconds,
     print_pairs,
-    print_table,
     progress_bar,
     warn,
 )
@@ -37,11 +36,9 @@ from dinov3geo.commands.options import (
 from dinov3geo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dinov3geo.evaluation.canopy import CanopyEvaluation
     from dinov3geo.features.extract import FeatureCache
     from dinov3geo.heads.base import HeightModel
     from dinov3geo.heads.canopy import CanopySettings
-    from dinov3geo.predict.products import PredictionReport
 
 canopy = typer.Typer(help="Canopy height in metres.", no_args_is_help=True)
 
@@ -132,34 +129,69 @@ def evaluate(
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the whole report.", show_default=False),
     ] = None,
+    variants: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="YAML",
+            help="Several settings by name, a row each, e.g. configs/heads/canopy_variants.yaml.",
+            show_default=False,
+        ),
+    ] = None,
+    across_sites: Annotated[
+        bool, typer.Option("--across-sites", help="Hold out one site after the other, not parts of all.")
+    ] = False,
+    register: Annotated[
+        int,
+        typer.Option(metavar="CELLS", min=0, help="Tell how far heights lie from their image; up to CELLS."),
+    ] = 0,
+    block: Annotated[
+        int | None, typer.Option(metavar="CELLS", min=1, help="Side of block R2.", show_default="10")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of table and pictures; a run cut off goes on."),
+    ] = None,
     epochs: Epochs = None,
     seed: Seed = None,
     changes: Changes = None,
     cache: Cache = None,
 ) -> None:
     """Measure errors of canopy height: a saved model, or cross-validation beside baselines."""
-    from dinov3geo.evaluation.canopy import evaluate_folds, evaluate_model
+    from dinov3geo.evaluation.canopy import DEFAULT_BLOCK, evaluate_folds, evaluate_model
+    from dinov3geo.evaluation.canopy_report import write_report
 
-    if model is not None and folds is not None:
+    fitting = folds is not None or across_sites
+    if folds is not None and across_sites:
+        raise ConfigError("--across-sites makes a part of each site; leave out --folds")
+    if model is not None and fitting:
         raise ConfigError("give either --model, to score it, or --folds, to cross-validate a backbone")
-    if folds is None and any(
-        option is not None for option in (backbone, epochs, seed, changes or None, cache)
-    ):
+    options = (backbone, epochs, seed, changes or None, cache, variants, register or None)
+    if not fitting and any(option is not None for option in options):
         raise ConfigError(
-            "a model is scored as it is; --backbone, --epochs, --seed, --set and --cache go with --folds"
+            "a model is scored as it is; --backbone, --epochs, --seed, --set, --cache, --variants and "
+            "--register go with --folds"
         )
+    if variants is not None and (changes or epochs is not None):
+        raise ConfigError("--variants holds all settings; leave out --set and --epochs")
+    if out is not None:
+        check_folder(out)
     if report_file is not None:
         check_folder(report_file.parent)
     with progress_bar("evaluate") as tell:
-        if folds is not None:
+        if fitting:
             evaluation = evaluate_folds(
                 images,
                 heights,
                 backbone=backbone,
-                folds=folds,
+                folds=folds or 0,
                 seed=seed or 0,
                 settings=read_settings(changes, epochs=epochs, seed=seed),
+                variants=None if variants is None else read_variants(variants),
+                across_sites=across_sites,
+                register_cells=register,
+                block=block or DEFAULT_BLOCK,
                 cache=open_cache(cache),
+                parts=None if out is None else out / "parts",
                 json_path=report_file,
                 command=command_line(context),
                 progress=lambda stage, done, total: tell(done, total, label=stage),
@@ -169,6 +201,7 @@ def evaluate(
                 images,
                 heights,
                 model=load_model(model, "cpu"),
+                block=block or DEFAULT_BLOCK,
                 json_path=report_file,
                 command=command_line(context),
                 progress=lambda stage, done, total: tell(done, total, label=stage),
@@ -176,6 +209,8 @@ def evaluate(
     details = evaluation.details
     warn(unmatched_warnings(details["unmatched_images"], details["unmatched_heights"]))
     print_evaluation(evaluation)
+    if out is not None:
+        write_report(evaluation, out)
 
 
 @canopy.command("predict")
@@ -354,6 +389,18 @@ def read_settings(changes: Sequence[str] | None, *, epochs: int | None, seed: in
     return load_settings(CanopySettings, None, [*shortcuts, *(changes or [])])
 
 
+def read_variants(path: Path) -> dict[str, CanopySettings]:
+    """Settings by name from a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value does not fit.
+    """
+    from dinov3geo.config import load_model as load_settings
+    from dinov3geo.evaluation.canopy import CanopyVariants
+
+    return load_settings(CanopyVariants, path).variants
+
+
 def open_cache(folder: Path | None) -> FeatureCache:
     """The cache of features in a folder, or in the user's cache folder."""
     from dinov3geo.features.extract import FeatureCache, default_cache_folder
@@ -390,55 +437,6 @@ def unmatched_warnings(images: int, heights: int) -> list[str]:
     if not images and not heights:
         return []
     return [f"{images} images have no heights and {heights} height rasters no image at their place; left out"]
-
-
-def print_evaluation(evaluation: CanopyEvaluation) -> None:
-    """Errors by method, by method and site, and by true height, on stdout."""
-    by_site = [
-        [row.method, row.site, str(row.scores.count)]
-        + [f"{n:.2f}" for n in (row.scores.mae, row.scores.rmse, row.scores.bias)]
-        + [f"{n:.3f}" for n in (row.scores.r2, row.block_r2)]
-        for row in evaluation.rows
-    ]
-    print_table(["method", "site", "cells", "MAE [m]", "RMSE [m]", "bias [m]", "R2", "block R2"], by_site)
-    filled = {bin.low: bin for bins in evaluation.bins.values() for bin in bins if bin.count}
-    header = ["MAE [m] by true height"]
-    header += [
-        f"{low:g}-{bin.high:g} m" if bin.high < float("inf") else f">{low:g} m" for low, bin in filled.items()
-    ]
-    rows = [
-        [method, *(f"{bin.mae:.2f}" for bin in bins if bin.count)] for method, bins in evaluation.bins.items()
-    ]
-    print()
-    print_table(header, rows)
-
-
-def print_reports(reports: Sequence[PredictionReport]) -> None:
-    """A summary of predictions on stdout: pairs for one, a table for several."""
-    if len(reports) == 1:
-        report = reports[0]
-        pairs = [
-            ("heights", str(report.output)),
-            ("picture", str(report.preview or "none")),
-            ("min, mean, max", f"{report.minimum_m:.1f}, {report.mean_m:.1f}, {report.maximum_m:.1f} m"),
-            ("valid", f"{report.valid_share:.1%} of the pixels, {report.area_km2 * 100:.4g} ha"),
-            ("tiles", str(report.tiles)),
-            ("time", format_seconds(report.seconds)),
-        ]
-        print_pairs(pairs)
-        return
-    rows = [
-        [
-            str(report.output),
-            f"{report.minimum_m:.1f}",
-            f"{report.mean_m:.1f}",
-            f"{report.maximum_m:.1f}",
-            f"{report.valid_share:.1%}",
-            format_seconds(report.seconds),
-        ]
-        for report in reports
-    ]
-    print_table(["heights", "min [m]", "mean [m]", "max [m]", "valid", "time"], rows)
 
 
 def load_model(name_or_path: str | None, device: str, *, backbone: str | None = None) -> HeightModel:

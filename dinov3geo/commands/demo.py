@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dinov3geo.commands.canopy import PRODUCT, load_model, print_reports
+from dinov3geo.commands.canopy import PRODUCT, load_model
+from dinov3geo.commands.canopy_tables import print_reports
 from dinov3geo.commands.console import check_folder, progress_bar, warn
 from dinov3geo.commands.options import Overwrite, command_line
 from dinov3geo.errors import DataError

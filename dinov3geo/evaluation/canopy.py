@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
 from dinov3geo.data.pairs import PairArrays, PairMatch, RasterPair, Spec, match_pairs
-from dinov3geo.errors import DataError
+from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.evaluation.baselines import (
     SITE_PATTERN,
     color_statistics,
@@ -23,18 +25,23 @@ from dinov3geo.evaluation.baselines import (
     group_means,
     site_name,
 )
+from dinov3geo.evaluation.canopy_parts import Heights, PredictionStore
+from dinov3geo.evaluation.registration import RegistrationReport
 from dinov3geo.evaluation.regression_metrics import (
     BinAccumulator,
     BinErrors,
     BlockAccumulator,
+    CalibrationAccumulator,
+    CalibrationPoint,
+    EdgeAccumulator,
     RegressionAccumulator,
     RegressionScores,
 )
 from dinov3geo.evaluation.reports import finite, write_bytes
-from dinov3geo.features.extract import FeatureCache, default_blocks, undo_view
-from dinov3geo.heads.base import Head, HeightModel
-from dinov3geo.heads.canopy import CanopySettings, fit_canopy_head
-from dinov3geo.heads.fit import FitSample, predict_cells
+from dinov3geo.features.extract import FeatureCache, default_blocks, weights_digest
+from dinov3geo.heads.base import HeightModel
+from dinov3geo.heads.canopy import CanopySettings, fit_canopy_head, predict_plot
+from dinov3geo.heads.fit import FitSample
 from dinov3geo.heads.samples import StageProgress, build_samples, cell_validity, load_model_pair
 
 REPORT_FORMAT = "dinov3geo-canopy-evaluation/1"
@@ -42,7 +49,17 @@ REPORT_FORMAT = "dinov3geo-canopy-evaluation/1"
 DEFAULT_BLOCK = 10
 FROZEN_FEATURES = "frozen features"
 
-Heights = NDArray[np.float32]
+
+class CanopyVariants(BaseModel):
+    """Several settings to compare; a file of `configs/heads`.
+
+    Attributes:
+        variants: settings by the name of their row.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    variants: dict[str, CanopySettings] = Field(min_length=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +71,14 @@ class MethodScores:
         site: where, or `"all"` for every site together.
         scores: over all held-out cells, metres.
         block_r2: R2 between means of square blocks.
+        edge_error: see `EdgeAccumulator`.
     """
 
     method: str
     site: str
     scores: RegressionScores
     block_r2: float
+    edge_error: float = float("nan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +88,14 @@ class CanopyEvaluation:
     Attributes:
         rows: one per method over all sites, then one per method and site.
         bins: errors by true height of each method over all sites.
+        calibration: truth by predicted height of each method over all sites.
         details: data, folds, seeds and settings.
     """
 
     rows: tuple[MethodScores, ...]
     bins: Mapping[str, tuple[BinErrors, ...]]
     details: Mapping[str, Any]
+    calibration: Mapping[str, tuple[CalibrationPoint, ...]] = field(default_factory=dict)
 
     def row(self, method: str, site: str = "all") -> MethodScores:
         """The row of a method at a site.
@@ -93,10 +114,17 @@ class CanopyEvaluation:
             "format": REPORT_FORMAT,
             **self.details,
             "rows": [
-                {"method": r.method, "site": r.site, **asdict(r.scores), "block_r2": r.block_r2}
+                {
+                    "method": r.method,
+                    "site": r.site,
+                    **asdict(r.scores),
+                    "block_r2": r.block_r2,
+                    "edge_error": r.edge_error,
+                }
                 for r in self.rows
             ],
             "height_bins": {m: [asdict(b) for b in bins] for m, bins in self.bins.items()},
+            "calibration": {m: [asdict(p) for p in points] for m, points in self.calibration.items()},
         }
         return json.dumps(finite(report), indent=2, allow_nan=False) + "\n"
 
@@ -123,7 +151,9 @@ class _Table:
         self.block = block
         self._cells: dict[tuple[str, str], RegressionAccumulator] = {}
         self._blocks: dict[tuple[str, str], BlockAccumulator] = {}
+        self._edges: dict[tuple[str, str], EdgeAccumulator] = {}
         self._bins: dict[str, BinAccumulator] = {}
+        self._calibration: dict[str, CalibrationAccumulator] = {}
 
     def add(self, method: str, plot: _Plot, predicted: NDArray[Any] | float) -> None:
         """Adds a method's heights of one plot, [h, w] or one number for all cells."""
@@ -133,19 +163,28 @@ class _Table:
             cells.update(guess, plot.arrays.target, plot.known)
             blocks = self._blocks.setdefault((method, site), BlockAccumulator(self.block))
             blocks.update(guess, plot.arrays.target, plot.known)
+            edges = self._edges.setdefault((method, site), EdgeAccumulator())
+            edges.update(guess, plot.arrays.target, plot.known)
         self._bins.setdefault(method, BinAccumulator()).update(guess, plot.arrays.target, plot.known)
+        calibration = self._calibration.setdefault(method, CalibrationAccumulator())
+        calibration.update(guess, plot.arrays.target, plot.known)
 
     def evaluation(self, details: Mapping[str, Any]) -> CanopyEvaluation:
         """The finished table."""
         keys = sorted(self._cells, key=lambda key: (key[1] != "all", key[1]))
         rows = tuple(
-            MethodScores(method, site, self._cells[method, site].scores(), self._block_r2(method, site))
+            MethodScores(
+                method,
+                site,
+                self._cells[method, site].scores(),
+                self._blocks[method, site].scores().r2,
+                self._edges[method, site].error(),
+            )
             for method, site in keys
         )
-        return CanopyEvaluation(rows, {m: tuple(b.errors()) for m, b in self._bins.items()}, details)
-
-    def _block_r2(self, method: str, site: str) -> float:
-        return self._blocks[method, site].scores().r2
+        bins = {m: tuple(b.errors()) for m, b in self._bins.items()}
+        calibration = {m: tuple(c.points()) for m, c in self._calibration.items()}
+        return CanopyEvaluation(rows, bins, details, calibration)
 
 
 def evaluate_folds(
@@ -156,9 +195,13 @@ def evaluate_folds(
     folds: int = 5,
     seed: int = 0,
     settings: CanopySettings | None = None,
+    variants: Mapping[str, CanopySettings] | None = None,
+    across_sites: bool = False,
+    register_cells: int = 0,
     site_pattern: str = SITE_PATTERN,
     block: int = DEFAULT_BLOCK,
     cache: FeatureCache | None = None,
+    parts: Path | None = None,
     json_path: Path | None = None,
     command: str = "",
     progress: StageProgress | None = None,
@@ -175,9 +218,15 @@ def evaluate_folds(
         folds: number of parts.
         seed: of the folds and of gradient boosting; the head has its own in `settings.fit`.
         settings: of the head; None for the defaults.
+        variants: settings by name, each a row of its own in the place of "frozen features"; their
+            `max_window` must be that of `settings`.
+        across_sites: hold out one site after the other in the place of `folds`.
+        register_cells: also look how far each plot's heights lie from its image, up to so many cells, by the
+            first variant's predictions; told in the report, not corrected. 0 for not.
         site_pattern: regular expression that finds the site in an image's file name.
         block: side of the blocks of block R2, in height cells.
         cache: of features, or None to keep none.
+        parts: folder that keeps predictions of finished parts, so that what was cut off goes on; or None.
         json_path: file for the report, replaced if it exists.
         command: that was typed, for the report.
         progress: called with a stage's name, how much is done, and of how much.
@@ -190,39 +239,102 @@ def evaluate_folds(
         UserError: a file, name or number that cannot be used.
     """
     settings = settings or CanopySettings()
+    chosen = dict(variants or {FROZEN_FEATURES: settings})
+    _check_variants(chosen, settings)
     frozen = load_backbone(DEFAULT_BACKBONE if backbone is None else backbone)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match = match_pairs(images, heights, max_size=settings.max_window)
     plots = _load_plots(match.pairs, site_pattern, frozen)
-    numbers = assign_folds([p.pair.group for p in plots], [p.site for p in plots], folds, seed=seed)
-    samples = build_samples(
-        match.pairs,
-        frozen.to(device),
-        blocks=default_blocks(frozen.num_blocks, settings.num_maps),
-        image_scale=settings.image_scale,
-        views=max(settings.views, settings.predict_views),
-        cache=cache or FeatureCache(None),
-        progress=progress,
-    )
+    if across_sites:
+        numbers = _site_numbers([p.site for p in plots])
+    else:
+        numbers = assign_folds([p.pair.group for p in plots], [p.site for p in plots], folds, seed=seed)
+    frozen.to(device)
+    store = cache or FeatureCache(None)
+    samples = {n: _samples(match, frozen, own, store, progress) for n, own in chosen.items()}
     colours = [color_statistics(p.arrays.image, p.arrays.valid, p.pair.factor) for p in plots]
-    table = _Table(block)
-    for fold in range(folds):
+    kept = PredictionStore(parts, [numbers, weights_digest(frozen), _facts(match)])
+    table, report = _Table(block), RegistrationReport(register_cells) if register_cells else None
+    for fold in range(max(numbers) + 1):
         train = [i for i, n in enumerate(numbers) if n != fold]
         held = [i for i, n in enumerate(numbers) if n == fold]
         _add_baselines(table, plots, colours, train, held, seed)
-        named = _prefixed(progress, f"fold {fold + 1}/{folds}, ")
-        head, _ = fit_canopy_head([samples[i] for i in train], settings, device=device, progress=named)
-        for index in held:
-            predicted = predict_plot(head, samples[index], settings.predict_views)
-            table.add(FROZEN_FEATURES, plots[index], predicted)
+        for name, own in chosen.items():
+            named = _prefixed(progress, f"fold {fold + 1}/{max(numbers) + 1}, {name}, ")
+            fit = partial(_fit_and_predict, samples[name], train, held, own, device, named)
+            for index, predicted in kept.get_or_compute(fold, own.model_dump(), fit).items():
+                table.add(name, plots[index], predicted)
+                if report is not None and name == next(iter(chosen)):
+                    _register(report, plots[index], predicted)
     details = _details(match, plots, command) | {
         "backbone": "" if frozen.card is None else frozen.card.name,
-        "folds": folds,
+        "folds": max(numbers) + 1,
+        "held_out": "sites" if across_sites else "plots",
         "seed": seed,
         "block_cells": block,
-        "settings": settings.model_dump(),
+        "settings": {name: own.model_dump() for name, own in chosen.items()},
+        "registration": None if report is None else report.to_json(),
     }
     return _finish(table, details, json_path)
+
+
+def _samples(
+    match: PairMatch,
+    backbone: Backbone,
+    settings: CanopySettings,
+    cache: FeatureCache,
+    progress: StageProgress | None,
+) -> list[FitSample]:
+    return build_samples(
+        match.pairs,
+        backbone,
+        blocks=default_blocks(backbone.num_blocks, settings.num_maps),
+        image_scale=settings.image_scale,
+        views=max(settings.views, settings.predict_views),
+        colours=settings.colours,
+        cache=cache,
+        progress=progress,
+    )
+
+
+def _fit_and_predict(
+    samples: list[FitSample],
+    train: list[int],
+    held: list[int],
+    settings: CanopySettings,
+    device: torch.device,
+    progress: StageProgress | None,
+) -> dict[int, Heights]:
+    """Heights of the held-out plots by their number."""
+    head, _ = fit_canopy_head([samples[i] for i in train], settings, device=device, progress=progress)
+    return {i: predict_plot(head, samples[i], settings.predict_views) for i in held}
+
+
+def _facts(match: PairMatch) -> list[Any]:
+    files = {path for pair in match.pairs for path in (pair.image, pair.target)}
+    windows = [[str(pair.image), str(pair.target), str(pair.window)] for pair in match.pairs]
+    return [windows, sorted([str(path), path.stat().st_mtime_ns] for path in files)]
+
+
+def _check_variants(variants: Mapping[str, CanopySettings], settings: CanopySettings) -> None:
+    for name, own in variants.items():
+        if own.max_window != settings.max_window:
+            raise ConfigError(
+                f"variant {name!r} has max_window {own.max_window}, expected {settings.max_window} for all: "
+                "plots are cut once"
+            )
+
+
+def _site_numbers(sites: Sequence[str]) -> list[int]:
+    """A fold for each site."""
+    names = sorted(set(sites))
+    if len(names) < 2:
+        raise DataError(f"all plots are of the site {names[0]!r}; two or more are needed to hold one out")
+    return [names.index(site) for site in sites]
+
+
+def _register(report: RegistrationReport, plot: _Plot, predicted: Heights) -> None:
+    report.add(plot.site, plot.pair.image.stem, predicted, plot.arrays.target, plot.known)
 
 
 def evaluate_model(
@@ -304,17 +416,6 @@ def assign_folds(groups: Sequence[str], sites: Sequence[str], folds: int, *, see
             # Counting on from site to site keeps the folds within one plot of equal size.
             fold_of[members[position]] = len(fold_of) % folds
     return [fold_of[group] for group in groups]
-
-
-def predict_plot(head: Head, sample: FitSample, views: int) -> NDArray[np.float32]:
-    """Heights of a plot's cells, averaged over its first views, [h, w] metres."""
-    low, high = head.output.minimum, head.output.maximum
-    with torch.no_grad():
-        turned = [
-            undo_view(predict_cells(head, [sample.views[v]], sample.factor)[0, 0], v) for v in range(views)
-        ]
-        mean: NDArray[np.float32] = torch.stack(turned).mean(0).clamp(low, high).cpu().numpy()
-    return mean
 
 
 def _load_plots(pairs: Sequence[RasterPair], site_pattern: str, backbone: Backbone) -> list[_Plot]:

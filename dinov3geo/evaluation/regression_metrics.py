@@ -188,6 +188,98 @@ class BinAccumulator:
         ]
 
 
+class EdgeAccumulator:
+    """Edge error: how far edges differ, whatever the height on either side of them.
+
+    Sum of |S(predicted) - S(true)| over the sum of S(predicted) + S(true), where S is the norm of the Sobel
+    gradient: 0 for equal edges, 1 where one side has edges only where the other has none. Cells count
+    where their eight neighbours are valid, too.
+
+    Source: after the edge error of Tolan et al. 2024, which CHMv2 reports.
+    """
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._difference = self._total = 0.0
+
+    def update(self, predicted: Array, target: Array, valid: Array | None = None) -> None:
+        """Adds one raster, [h, w] each.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        known = np.ones(target.shape, dtype=bool) if valid is None else np.asarray(valid, dtype=bool)
+        if predicted.shape != target.shape or known.shape != target.shape or target.ndim != 2:
+            raise ValueError(f"expected three [h, w], got {predicted.shape}, {target.shape}, {known.shape}")
+        if min(target.shape) < 3:
+            return
+        whole = np.lib.stride_tricks.sliding_window_view(known, (3, 3)).all(axis=(2, 3))
+        norms = [_sobel_norm(np.where(known, values, 0)) for values in (predicted, target)]
+        self._difference += float(np.abs(norms[0] - norms[1])[whole].sum())
+        self._total += float((norms[0] + norms[1])[whole].sum())
+
+    def error(self) -> float:
+        """The error so far; NaN where there was no edge."""
+        return self._difference / self._total if self._total > 0 else math.nan
+
+
+def _sobel_norm(values: Array) -> NDArray[np.float64]:
+    """[h, w] -> [h - 2, w - 2]."""
+    v = values.astype(np.float64)
+    down = v[2:] - v[:-2]
+    right = v[:, 2:] - v[:, :-2]
+    rows = down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
+    cols = right[:-2] + 2 * right[1:-1] + right[2:]
+    return np.asarray(np.hypot(rows, cols) / 8, dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationPoint:
+    """Cells whose prediction lies in [low, high).
+
+    Attributes:
+        low: lower edge.
+        high: upper edge, infinity in the last bin.
+        count: number of cells.
+        predicted: mean prediction, NaN in an empty bin.
+        true: mean truth, NaN in an empty bin.
+    """
+
+    low: float
+    high: float
+    count: int
+    predicted: float
+    true: float
+
+
+class CalibrationAccumulator:
+    """Means of truth by the prediction: on the diagonal where predictions can be taken at their word."""
+
+    def __init__(self, edges: Sequence[float] = HEIGHT_BIN_EDGES_M) -> None:
+        """Starts empty; `edges` as in `BinAccumulator`."""
+        self.edges = tuple(edges)
+        self._sums = np.zeros((3, len(self.edges) - 1))
+
+    def update(self, predicted: Array, target: Array, valid: Array | None = None) -> None:
+        """Adds cells; arguments as in `RegressionAccumulator.update`."""
+        guess, truth = _select(predicted, target, valid)
+        places = np.digitize(guess, self.edges[1:-1])
+        for row, weights in enumerate((None, guess, truth)):
+            self._sums[row] += np.bincount(places, weights, minlength=self._sums.shape[1])
+
+    def points(self) -> list[CalibrationPoint]:
+        """One entry per bin."""
+        counts, guesses, truths = self._sums
+        return [
+            CalibrationPoint(low, high, int(n), float(p / n), float(t / n))
+            if n
+            else CalibrationPoint(low, high, 0, math.nan, math.nan)
+            for (low, high), n, p, t in zip(
+                itertools.pairwise(self.edges), counts, guesses, truths, strict=True
+            )
+        ]
+
+
 def regression_scores(predicted: Array, target: Array, valid: Array | None = None) -> RegressionScores:
     """Scores of arrays that are at hand at once; arguments as in `RegressionAccumulator.update`."""
     accumulator = RegressionAccumulator()

@@ -112,6 +112,7 @@ def extract_feature_maps(
     *,
     blocks: Sequence[int],
     image_scale: float = 1.0,
+    colours: bool = False,
 ) -> list[Tensor]:
     """Normed patch features of several blocks as images.
 
@@ -125,6 +126,7 @@ def extract_feature_maps(
         blocks: increasing 0-based block numbers.
         image_scale: the image is made this many times larger (bilinear) before the backbone sees it,
             so that a patch covers less ground.
+        colours: whether `colour_map` follows the features.
 
     Returns:
         One [B, D, h, w] float32 per block, h = ceil(H / pixels_per_patch).
@@ -151,7 +153,37 @@ def extract_feature_maps(
             images = F.pad(images, (0, -width % side, 0, -height % side), mode="replicate")
             size_hw = tuple(length * backbone.patch_size // side for length in images.shape[-2:])
             images = F.interpolate(images, size_hw, mode="bilinear", antialias=image_scale < 1)
-        return [features.map() for features in backbone.intermediate(images, blocks)]
+        maps = [features.map() for features in backbone.intermediate(images, blocks)]
+        return [*maps, colour_map(backbone, numbers, valid, image_scale=image_scale)] if colours else maps
+
+
+def colour_map(
+    backbone: Backbone, numbers: Tensor, valid: Tensor | None = None, *, image_scale: float = 1.0
+) -> Tensor:
+    """Mean and deviation of each normalised band within each patch.
+
+    Args:
+        backbone: with a card.
+        numbers: [B, C, H, W], in the file's own dtype and unit.
+        valid: [B, H, W] bool, or None if all pixels hold data.
+        image_scale: see `extract_feature_maps`.
+
+    Returns:
+        [B, 2C, h, w], on the grid of the feature maps.
+
+    Raises:
+        DataError: the backbone has no card.
+    """
+    if backbone.card is None:
+        raise DataError("the backbone has no card, so its normalisation is unknown")
+    side = pixels_per_patch(backbone.patch_size, image_scale)
+    with torch.no_grad():
+        images = backbone.card.normalization(numbers, valid).float()
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % side, 0, -height % side), mode="replicate")
+        means = F.avg_pool2d(images, side)
+        squares = F.avg_pool2d(images**2, side)
+        return torch.cat([means, (squares - means**2).clamp(min=0).sqrt()], dim=1)
 
 
 def weights_digest(module: torch.nn.Module) -> str:

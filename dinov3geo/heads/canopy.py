@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from dinov3geo.features.extract import (
     pixels_per_patch,
     undo_view,
 )
-from dinov3geo.heads.base import OutputSpec
+from dinov3geo.heads.base import Head, OutputSpec
 from dinov3geo.heads.context import ContextHead
 from dinov3geo.heads.dpt import DPTHead
 from dinov3geo.heads.fit import FitResult, FitSample, fit_head, predict_cells
@@ -37,6 +39,7 @@ from dinov3geo.heads.folders import (
     save_model,
 )
 from dinov3geo.heads.heights import HeightFitSettings, HeightObjective
+from dinov3geo.heads.registration import find_shift, inner_folds, move_back
 from dinov3geo.heads.samples import StageProgress, build_samples
 
 BUNDLED_MODELS: dict[str, Path] = {
@@ -56,7 +59,8 @@ class HeadSettings(BaseModel):
         hidden: width of its MLP.
         channels: width of a DPT head's pyramid.
         finest: its finest level in units of the patch grid.
-        bins: its number of height bins, or 0 for direct regression.
+        bins: number of mixed log and linear height bins of either kind, or 0 for direct regression.
+        members: MLPs of a context head, fitted with seeds of their own; their mean is the prediction.
         dropout: share of channels silenced in training.
     """
 
@@ -68,7 +72,14 @@ class HeadSettings(BaseModel):
     channels: int = Field(default=32, ge=2)
     finest: Literal[1, 2, 4] = 2
     bins: int = Field(default=0, ge=0)
+    members: int = Field(default=1, ge=1)
     dropout: float = Field(default=0.2, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _members_of_context(self) -> HeadSettings:
+        if self.kind == "dpt" and self.members > 1:
+            raise ValueError("members are those of a context head; a dpt head has 1")
+        return self
 
     def build(self, dims: Sequence[int], *, output: OutputSpec, typical: float = 10.0) -> CanopyHead:
         """A new head on feature maps of the given widths.
@@ -86,6 +97,8 @@ class HeadSettings(BaseModel):
                 hidden=self.hidden,
                 dropout=self.dropout,
                 typical=typical,
+                bins=self.bins,
+                members=self.members,
             )
         return DPTHead(
             dims,
@@ -109,6 +122,9 @@ class CanopySettings(BaseModel):
         predict_views: flips and turns that are averaged in a prediction; each costs one more run. At most
             `views`, since a head knows only the turns that it was fitted on.
         max_window: images larger than this are cut for training, pixels.
+        colours: give the head mean and deviation of each band within a patch beside the features.
+        register_cells: heights are searched for up to so many cells from their image, plot by plot, and
+            moved back before the fit; 0 leaves them where they are. See `heads.registration`.
         head: shape of the head.
         fit: how it is fitted.
     """
@@ -120,6 +136,8 @@ class CanopySettings(BaseModel):
     views: Literal[1, 2, 4, 8] = 1
     predict_views: Literal[1, 2, 4, 8] = 1
     max_window: int = Field(default=512, ge=1)
+    colours: bool = False
+    register_cells: int = Field(default=0, ge=0)
     head: HeadSettings = HeadSettings()
     fit: HeightFitSettings = HeightFitSettings()
 
@@ -143,6 +161,7 @@ class CanopyModel:
         blocks: numbers of the backbone's blocks that the head reads.
         image_scale: images are made this many times larger for the backbone.
         views: flips and turns that are averaged.
+        colours: whether the head reads colours beside features.
         card: what is known of the model; see `save_canopy_model`.
     """
 
@@ -152,6 +171,7 @@ class CanopyModel:
     image_scale: float
     views: int
     card: dict[str, Any]
+    colours: bool = False
 
     @property
     def output(self) -> OutputSpec:
@@ -184,6 +204,7 @@ class CanopyModel:
             None if valid is None else apply_view(valid, view),
             blocks=self.blocks,
             image_scale=self.image_scale,
+            colours=self.colours,
         )
         side = pixels_per_patch(self.backbone.patch_size, self.image_scale)
         covered_hw = (maps[0].shape[-2] * side, maps[0].shape[-1] * side)
@@ -267,6 +288,7 @@ def fit_canopy(
         blocks=blocks,
         image_scale=settings.image_scale,
         views=settings.views,
+        colours=settings.colours,
         cache=cache or FeatureCache(None),
         progress=progress,
     )
@@ -285,7 +307,9 @@ def fit_canopy(
         "command": command,
     }
     card["training_mae_m"] = training_mae = round(mean_absolute_error(head, samples), 4)
-    model = CanopyModel(frozen, head, blocks, settings.image_scale, settings.predict_views, card)
+    model = CanopyModel(
+        frozen, head, blocks, settings.image_scale, settings.predict_views, card, settings.colours
+    )
     save_canopy_model(out, model, overwrite=overwrite)
     return CanopyFitReport(
         folder=out,
@@ -316,6 +340,8 @@ def fit_canopy_head(
         raise DataError(
             f"none of the {len(samples)} height windows holds a valid height; is all of it nodata?"
         )
+    if settings.register_cells:
+        samples = register_samples(samples, settings, device=device, progress=progress)
     with torch.random.fork_rng():
         torch.manual_seed(settings.fit.seed)
         head = settings.head.build(
@@ -334,11 +360,61 @@ def fit_canopy_head(
     if isinstance(head, ContextHead):
         # Its components do not change in training: computed once, an epoch takes a fraction of a second.
         reduced = [_reduced(head, sample) for sample in samples]
-        result = fit_head(
-            head.decoder, reduced, objective, settings=settings.fit, weights=draws, progress=report
-        )
-        return head.eval(), result
+        results = []
+        for number, member in enumerate(head.members):
+            own = settings.fit.model_copy(update={"seed": settings.fit.seed + number})
+            results.append(fit_head(member, reduced, objective, settings=own, weights=draws, progress=report))
+        return head.eval(), results[0]
     return head, fit_head(head, samples, objective, settings=settings.fit, weights=draws, progress=report)
+
+
+def register_samples(
+    samples: list[FitSample],
+    settings: CanopySettings,
+    *,
+    device: torch.device,
+    progress: StageProgress | None = None,
+) -> list[FitSample]:
+    """Samples whose heights are moved to where the image shows them.
+
+    Each third of the places is judged by a head fitted on the others; a plot is moved only where that clearly
+    raises the correlation (`Shift.is_believable`).
+
+    Args:
+        samples: of at least two places.
+        settings: of the heads that judge, and how far to look.
+        device: to fit on.
+        progress: called with a stage's name, how much is done, and of how much.
+    """
+    moved = list(samples)
+    plain = settings.model_copy(update={"register_cells": 0})
+    for part in inner_folds(samples, settings.fit.seed):
+        others = [s for i, s in enumerate(samples) if i not in part]
+        if not part or not any(bool(s.views[0].valid.any()) for s in others):
+            continue
+        judge, _ = fit_canopy_head(others, plain, device=device, progress=progress)
+        for i in part:
+            view = samples[i].views[0]
+            shift = find_shift(
+                predict_plot(judge, samples[i], 1),
+                view.target.numpy(),
+                view.valid.numpy(),
+                reach=settings.register_cells,
+            )
+            if shift.is_believable:
+                moved[i] = move_back(samples[i], round(shift.rows), round(shift.cols))
+    return moved
+
+
+def predict_plot(head: Head, sample: FitSample, views: int) -> NDArray[np.float32]:
+    """Heights of a plot's cells, averaged over its first views, [h, w] metres."""
+    low, high = head.output.minimum, head.output.maximum
+    with torch.no_grad():
+        turned = [
+            undo_view(predict_cells(head, [sample.views[v]], sample.factor)[0, 0], v) for v in range(views)
+        ]
+        mean: NDArray[np.float32] = torch.stack(turned).mean(0).clamp(low, high).cpu().numpy()
+    return mean
 
 
 def _reduced(head: ContextHead, sample: FitSample) -> FitSample:
@@ -403,9 +479,12 @@ def load_canopy_model(name_or_folder: str | Path = DEFAULT_MODEL) -> CanopyModel
         raise ConfigError(
             f"{folder / CARD_FILE} is not a complete head card: {one_line(str(error))}"
         ) from error
-    head = settings.head.build([backbone.embed_dim] * len(blocks), output=output)
+    dims = [backbone.embed_dim] * len(blocks) + [2 * backbone.in_channels] * settings.colours
+    head = settings.head.build(dims, output=output)
     load_head_weights(folder, head)
-    return CanopyModel(backbone, head, blocks, settings.image_scale, settings.predict_views, card)
+    return CanopyModel(
+        backbone, head, blocks, settings.image_scale, settings.predict_views, card, settings.colours
+    )
 
 
 def gsd_range(pairs: tuple[RasterPair, ...]) -> tuple[float, float]:

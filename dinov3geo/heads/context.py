@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov3geo.errors import ConfigError
 from dinov3geo.heads.base import Head, OutputSpec
-from dinov3geo.heads.dpt import Standardize
+from dinov3geo.heads.dpt import HeightBins, Standardize
 
 # Sides in patches of the squares over which features are averaged; 16 pixels of 0.1 m make 8, 14 and 40 m.
 SURROUNDINGS = (5, 9, 25)
@@ -20,7 +21,14 @@ class ComponentDecoder(Head):
     """The trained part of a `ContextHead`: an MLP on each patch's components, then bilinear to pixels."""
 
     def __init__(
-        self, components: int, *, output: OutputSpec, hidden: int, dropout: float, typical: float
+        self,
+        components: int,
+        *,
+        output: OutputSpec,
+        hidden: int,
+        dropout: float,
+        typical: float,
+        bins: int = 0,
     ) -> None:
         """Builds the MLP; arguments as in `ContextHead`."""
         super().__init__()
@@ -32,15 +40,18 @@ class ComponentDecoder(Head):
             nn.Dropout(dropout),
             nn.Conv2d(hidden, hidden, 1),
             nn.GELU(),
-            nn.Conv2d(hidden, 1, 1),
+            nn.Conv2d(hidden, bins or 1, 1),
         )
+        self.bins = HeightBins(bins, minimum=1e-3, maximum=output.maximum or 0.0) if bins else None
         last = self.mlp[-1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None
-        nn.init.constant_(last.bias, typical)
+        if self.bins is None:
+            nn.init.constant_(last.bias, typical)
 
     def forward(self, feature_maps: list[Tensor], size_hw: tuple[int, int]) -> Tensor:
         """See `Head.forward`; the one map holds the components."""
-        heights: Tensor = self.mlp(feature_maps[0])
+        scores: Tensor = self.mlp(feature_maps[0])
+        heights = scores if self.bins is None else self.bins(scores)
         return F.interpolate(heights, size_hw, mode="bilinear", align_corners=False)
 
 
@@ -63,6 +74,8 @@ class ContextHead(Head):
         hidden: int = 64,
         dropout: float = 0.3,
         typical: float = 10.0,
+        bins: int = 0,
+        members: int = 1,
     ) -> None:
         """Builds the head; `fit_statistics` must see training features before it is trained.
 
@@ -73,16 +86,32 @@ class ContextHead(Head):
             hidden: width of the MLP.
             dropout: share of its inputs silenced in training.
             typical: value that the untrained head gives, in the output's unit.
+            bins: number of height bins, or 0 to regress directly.
+            members: MLPs, each fitted on its own, whose mean is the prediction.
+
+        Raises:
+            ConfigError: bins without a maximum.
         """
+        if bins and output.maximum is None:
+            raise ConfigError("height bins need an output maximum")
         super().__init__()
         self.output = output
         self.standardize = nn.ModuleList(Standardize(dim) for dim in dims)
         width = sum(dims) * (1 + len(SURROUNDINGS))
         self.register_buffer("basis", torch.zeros(components, width))
         self.register_buffer("centre", torch.zeros(width))
-        self.decoder = ComponentDecoder(
-            components, output=output, hidden=hidden, dropout=dropout, typical=typical
-        )
+        made = [
+            ComponentDecoder(
+                components, output=output, hidden=hidden, dropout=dropout, typical=typical, bins=bins
+            )
+            for _ in range(members)
+        ]
+        self.decoder, self.others = made[0], nn.ModuleList(made[1:])
+
+    @property
+    def members(self) -> list[ComponentDecoder]:
+        """The trained parts."""
+        return [self.decoder, *(m for m in self.others if isinstance(m, ComponentDecoder))]
 
     def fit_statistics(self, samples: Sequence[Sequence[Tensor]]) -> None:
         """Takes scale and principal components from training features.
@@ -109,8 +138,9 @@ class ContextHead(Head):
 
     def forward(self, feature_maps: list[Tensor], size_hw: tuple[int, int]) -> Tensor:
         """See `Head.forward`."""
-        heights: Tensor = self.decoder([self.components(feature_maps)], size_hw)
-        return heights
+        components = [self.components(feature_maps)]
+        heights = [member(components, size_hw) for member in self.members]
+        return torch.stack(heights).mean(0)
 
     def components(self, feature_maps: list[Tensor]) -> Tensor:
         """The principal components that the decoder reads, [B, K, h, w]; training does not change them."""

@@ -15,6 +15,7 @@ from dinov3geo.data.pairs import PairArrays, RasterPair, load_pair
 from dinov3geo.features.extract import (
     FeatureCache,
     apply_view,
+    colour_map,
     extract_feature_maps,
     feature_key,
     pixels_per_patch,
@@ -72,6 +73,7 @@ def build_samples(
     image_scale: float,
     views: int,
     cache: FeatureCache,
+    colours: bool = False,
     load: LoadPair | None = None,
     progress: StageProgress | None = None,
 ) -> list[FitSample]:
@@ -84,6 +86,7 @@ def build_samples(
         image_scale: see `extract_feature_maps`.
         views: the first so many of the eight flips and turns.
         cache: features that are in it are not computed again.
+        colours: whether `colour_map` follows the features; it is not cached.
         load: reads a pair; None for `load_model_pair`, which reads heights.
         progress: called as `progress("features", done, total)`.
 
@@ -121,6 +124,8 @@ def build_samples(
             )
             compute = partial(_maps, backbone, image, valid, view, blocks, image_scale)
             maps = tuple(cache.get_or_compute(key, compute))
+            if colours:
+                maps = (*maps, _colours(backbone, image, valid, view, image_scale))
             covered_hw = (maps[0].shape[-2] * side, maps[0].shape[-1] * side)
             collected.append(FitView(maps, covered_hw, apply_view(target, view), apply_view(known, view)))
         samples.append(FitSample(tuple(collected), pair.factor, pair.group))
@@ -147,3 +152,9 @@ def _maps(
         image_scale=image_scale,
     )
     return [m[0] for m in maps]
+
+
+def _colours(backbone: Backbone, image: Tensor, valid: Tensor, view: int, image_scale: float) -> Tensor:
+    """`colour_map` [2C, h, w] of one view of one image, on the CPU."""
+    numbers, known = apply_view(image, view)[None], apply_view(valid, view)[None]
+    return colour_map(backbone, numbers, known, image_scale=image_scale)[0]

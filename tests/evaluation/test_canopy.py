@@ -9,6 +9,7 @@ from dinov3geo.backbones import zoo
 from dinov3geo.backbones.card import BackboneCard, Normalization
 from dinov3geo.backbones.vit import VisionTransformer, VitConfig
 from dinov3geo.backbones.zoo import save_backbone
+from dinov3geo.cli import main
 from dinov3geo.errors import DataError, RasterError
 from dinov3geo.evaluation.canopy import assign_folds, evaluate_folds, evaluate_model
 from dinov3geo.heads.canopy import CanopySettings, HeadSettings, fit_canopy, load_canopy_model
@@ -80,6 +81,7 @@ def test_every_method_is_scored_on_all_held_out_cells(plots, backbone_file, tmp_
         "rmse": pytest.approx(table.row("mean").scores.rmse),
         "bias": pytest.approx(table.row("mean").scores.bias),
         "r2": pytest.approx(table.row("mean").scores.r2),
+        "edge_error": pytest.approx(1),
     }
     last = report["height_bins"]["mean"][-1]
     assert last["low"] == 40 and last["high"] is None and last["mae"] is None
@@ -141,3 +143,56 @@ def test_heights_without_any_value_are_refused(plots, backbone_file, write_raste
     )
     with pytest.raises(DataError, match="all of it nodata"):
         evaluate_folds(plots[0], empty, backbone=backbone_file, settings=SETTINGS)
+
+
+VARIANTS = """
+variants:
+  plain: {num_maps: 1, head: {components: 8}, fit: {epochs: 2}}
+  all of it:
+    {num_maps: 1, colours: true, register_cells: 1, head: {components: 8, members: 2, bins: 8},
+     fit: {epochs: 2, silog_share: 0.5, edge_weight: 0.1, tall_share: 0.3}}
+"""
+
+
+def test_variants_across_sites_with_shifts_go_on_where_they_were(plots, backbone_file, tmp_path, capsys):
+    (tmp_path / "variants.yaml").write_text(VARIANTS)
+    words = ["canopy", "evaluate", "--images", str(plots[0]), "--heights", str(plots[1]), "--across-sites"]
+    words += ["--variants", f"{tmp_path}/variants.yaml", "--register", "2", "--block", "2"]
+    words += ["--backbone", str(backbone_file), "--cache", f"{tmp_path}/cache", "--out", f"{tmp_path}/r"]
+    assert main(words) == 0
+    assert "all of it" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert report["held_out"] == "sites" and report["folds"] == 2
+    rows = {(row["method"], row["site"]): row for row in report["rows"]}
+    assert rows["plain", "all"]["count"] == 138 and 0 <= rows["all of it", "all"]["edge_error"] <= 1
+    # Site A is low and B is tall: held out, each is taken for the other.
+    assert rows["mean", "A"]["bias"] > 15 and rows["mean", "B"]["bias"] < -15
+    assert len(report["registration"]["plots"]) == 6 and set(report["registration"]["sites"]) == {"A", "B"}
+    for name in ("results.md", "calibration.png", "bias.png"):
+        assert (tmp_path / "r" / name).stat().st_size > 100
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "r" / "parts").iterdir()}
+    assert len(kept) == 4
+    next(iter(kept)).unlink()
+    assert main(words) == 0
+    assert sum(p.stat().st_mtime_ns != time for p, time in kept.items()) == 1
+    assert json.loads((tmp_path / "r" / "results.json").read_text())["rows"] == report["rows"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--across-sites", "--folds", "2"], "leave out --folds"),
+        (["--register", "2"], "go with --folds"),
+        (["--folds", "2", "--variants", "v.yaml", "--epochs", "3"], "leave out --set and --epochs"),
+        (["--folds", "2", "--variants", "missing.yaml"], "cannot read configuration missing.yaml"),
+    ],
+)
+def test_options_that_do_not_go_together_end_in_one_line(plots, capsys, words, message):
+    assert main(["canopy", "evaluate", "--images", str(plots[0]), "--heights", str(plots[1]), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_site_cannot_be_held_out(plots, backbone_file):
+    images = [path for path in plots[0].iterdir() if path.name.startswith("A")]
+    with pytest.raises(DataError, match="all plots are of the site 'A'"):
+        evaluate_folds(images, plots[1], backbone=backbone_file, settings=SETTINGS, across_sites=True)

@@ -9,6 +9,8 @@ from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_err
 from dinov3geo.evaluation.regression_metrics import (
     BinAccumulator,
     BlockAccumulator,
+    CalibrationAccumulator,
+    EdgeAccumulator,
     RegressionAccumulator,
     regression_scores,
 )
@@ -127,3 +129,37 @@ def test_empty_bins_have_no_errors():
 def test_edges_must_increase(edges):
     with pytest.raises(ValueError, match="increase"):
         BinAccumulator(edges)
+
+
+def test_edge_error_against_a_loop():
+    generator = np.random.default_rng(0)
+    guess, truth = generator.uniform(0, 20, (2, 7, 9))
+    valid = generator.random((7, 9)) > 0.1
+    kernel = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
+    difference = total = 0.0
+    for r in range(1, 6):
+        for c in range(1, 8):
+            box = slice(r - 1, r + 2), slice(c - 1, c + 2)
+            if valid[box].all():
+                p, t = (np.hypot((kernel * a[box]).sum(), (kernel.T * a[box]).sum()) for a in (guess, truth))
+                difference, total = difference + abs(p - t), total + p + t
+    edges = EdgeAccumulator()
+    edges.update(guess, truth, valid)
+    assert edges.error() == pytest.approx(difference / total)
+    flat = EdgeAccumulator()
+    flat.update(np.full((5, 5), 3.0), truth[:5, :5])
+    assert flat.error() == pytest.approx(1) and math.isnan(EdgeAccumulator().error())
+    same = EdgeAccumulator()
+    same.update(truth + 4, truth)
+    same.update(truth[:2], truth[:2])
+    assert same.error() == pytest.approx(0, abs=1e-12)
+
+
+def test_calibration_gives_means_by_prediction():
+    calibration = CalibrationAccumulator((0.0, 5.0, 10.0, math.inf))
+    calibration.update(np.array([1.0, 3.0, 12.0, 99.0]), np.array([2.0, 6.0, 8.0, 9.0]))
+    calibration.update(np.array([20.0]), np.array([7.0]), np.array([False]))
+    low, middle, high = calibration.points()
+    assert (low.count, low.predicted, low.true) == (2, 2.0, 4.0)
+    assert middle.count == 0 and math.isnan(middle.true)
+    assert (high.count, high.predicted, high.true) == (2, 55.5, 8.5)
