@@ -24,6 +24,7 @@ from dinov3geo.commands.pictures import features, show
 from dinov3geo.commands.pretrain import pretrain
 from dinov3geo.commands.split import split
 from dinov3geo.commands.stats import stats
+from dinov3geo.commands.track import track
 from dinov3geo.commands.view import view
 from dinov3geo.errors import UserError
 
@@ -47,6 +48,7 @@ app.command()(export)
 app.add_typer(canopy, name="canopy")
 app.add_typer(landcover, name="landcover")
 app.add_typer(classify, name="classify")
+app.command()(track)
 app.command()(features)
 app.add_typer(show, name="show")
 app.command()(view)

@@ -71,6 +71,7 @@ def test_verbs():
         "canopy evaluate",
         "classify",
         "classify evaluate",
+        "track",
         "features",
         "show",
         "show pca",
