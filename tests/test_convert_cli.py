@@ -145,6 +145,30 @@ def test_nothing_is_overwritten_unasked(ours: Path, tmp_path: Path) -> None:
         run("convert", ours, tmp_path / "mine", "--to", "hf", "--overwrite")
 
 
+def test_a_file_where_the_card_belongs_is_kept(ours: Path, tmp_path: Path) -> None:
+    (tmp_path / "w.json").write_text("mine")
+    with pytest.raises(RasterError, match=r"w\.json exists"):
+        run("convert", ours, tmp_path / "w.safetensors", "--to", "ours")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(ConfigError, match="into a file, got the folder"):
+        run("convert", ours, tmp_path / "folder.pth", "--to", "official", "--overwrite")
+
+
+@pytest.mark.parametrize("dialect", ["official", "timm"])
+def test_four_bands_come_back(ours: Path, tmp_path: Path, dialect: str) -> None:
+    start, there, back = (tmp_path / name for name in ("a.safetensors", "b", "c.safetensors"))
+    there = there.with_suffix(".pth" if dialect == "official" else ".safetensors")
+    run("convert", ours, start, "--to", "ours", "--sensor", "naip", "--stem", "mean")
+    run("convert", start, there, "--to", dialect)
+    with pytest.raises(ConfigError, match="name a sensor with these 4 bands"):
+        run("convert", there, back, "--to", "ours")
+    run("convert", there, back, "--to", "ours", "--sensor", "naip")
+    first, last = load_file(start), load_file(back)
+    assert all(torch.equal(last[name], tensor) for name, tensor in first.items() if name != "mask_token")
+    assert load_backbone(back).card.normalization == load_backbone(start).card.normalization
+
+
 def test_four_bands_without_saying_how(ours: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mean or zero"):
         run("convert", ours, tmp_path / "w.safetensors", "--to", "ours", "--sensor", "naip")

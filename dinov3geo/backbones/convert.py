@@ -81,7 +81,22 @@ def unwrap(tensors: Mapping[str, Tensor]) -> tuple[Tensors, tuple[str, ...]]:
     if not any(name.startswith("backbone.") for name in tensors):
         return dict(tensors), ()
     heads = tuple(name for name in tensors if name.startswith(_TRAINING_HEADS))
-    return {n.removeprefix("backbone."): t for n, t in tensors.items() if n not in heads}, heads
+    return _without_prefix({n: t for n, t in tensors.items() if n not in heads}, "backbone."), heads
+
+
+def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
+    """Tensors under shorter names.
+
+    Raises:
+        DataError: a name is there with the prefix and without it, so one of the two would be lost.
+    """
+    twice = [name for name in tensors if name.startswith(prefix) and name.removeprefix(prefix) in tensors]
+    if twice:
+        raise DataError(
+            f"{len(twice)} tensors are there with the prefix {prefix!r} and without it: {_some(twice)}; "
+            "expected one network"
+        )
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def to_ours(tensors: Mapping[str, Tensor]) -> Checkpoint:
@@ -98,7 +113,7 @@ def to_ours(tensors: Mapping[str, Tensor]) -> Checkpoint:
     dialect, family = recognise(bare)
     if dialect == "ours":
         return Checkpoint(dialect, _describe(bare, family, rounded=False), bare, dropped)
-    rest = {name.removeprefix("model."): t for name, t in bare.items()} if dialect == "hf" else bare
+    rest = _without_prefix(bare, "model.") if dialect == "hf" else bare
     ours: Tensors = {}
     rounded = False
     if family == "convnext":
@@ -156,11 +171,6 @@ def from_ours(tensors: Mapping[str, Tensor], config: VitConfig | ConvNextConfig,
     if unknown:
         raise DataError(f"{len(unknown)} tensors have no place in the {dialect} dialect: {_some(unknown)}")
     return theirs | {found: rest[name] for name, found in renamed.items() if found is not None}
-
-
-def from_transformers(tensors: Mapping[str, Tensor]) -> Tensors:
-    """State dict of a transformers DINOv3 model in this library's names; see `to_ours`."""
-    return to_ours(tensors).tensors
 
 
 def _take_duplicates(rest: Tensors) -> tuple[str, ...]:
@@ -226,6 +236,9 @@ def _take_hf(rest: Tensors, ours: Tensors) -> None:
     for number, qkv in parts.items():
         if sorted(qkv) != ["k", "q", "v"]:
             raise DataError(f"block {number} has only {sorted(qkv)} of the q, k and v projections")
+        if len({tuple(part.shape) for part in qkv.values()}) > 1:
+            shapes = ", ".join(f"{letter} {list(part.shape)}" for letter, part in sorted(qkv.items()))
+            raise DataError(f"block {number} has projections of several shapes: {shapes}")
         ours[f"blocks.{number}.attention.qkv.weight"] = torch.cat([qkv["q"], qkv["k"], qkv["v"]])
 
 
@@ -297,8 +310,10 @@ def _describe(ours: Tensors, family: str, *, rounded: bool) -> VitConfig | ConvN
     """
     try:
         return _describe_convnext(ours) if family == "convnext" else _describe_vit(ours, rounded=rounded)
-    except (KeyError, IndexError, ValueError) as error:
-        raise DataError(f"the checkpoint is not complete: no usable tensor {error}") from error
+    except KeyError as error:
+        raise DataError(f"the checkpoint is not complete: it has no tensor {error}") from error
+    except (IndexError, ValueError) as error:
+        raise DataError(f"the checkpoint has tensors of no usable name or shape ({error})") from error
 
 
 def _describe_vit(ours: Tensors, *, rounded: bool) -> VitConfig:

@@ -148,8 +148,12 @@ def _check_output(output: Path, dialect: str, *, overwrite: bool) -> None:
         raise ConfigError(f"{dialect} weights go into a file *{' or *'.join(wanted)}, got {output}")
     if dialect == "hf" and (suffix in (".safetensors", *PICKLES) or output.is_file()):
         raise ConfigError(f"hf weights go into a folder, got the file {output}")
-    if output.exists() and not overwrite:
-        raise RasterError(f"{output} exists; give another name or allow overwriting")
+    written = [output, output.with_suffix(".json")] if dialect == "ours" else [output]
+    for path in written:
+        if path.exists() and not overwrite:
+            raise RasterError(f"{path} exists; give another name or allow overwriting")
+    if dialect != "hf" and output.is_dir():
+        raise ConfigError(f"{dialect} weights go into a file, got the folder {output}")
     if dialect == "hf" and output.is_dir() and any(output.iterdir()) and not (output / HF_CONFIG).is_file():
         raise RasterError(f"{output} is no Hugging Face model, so it is not overwritten")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,12 +98,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         DataError: refused, damaged, or without tensors.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of old pickle protocols, which are read or refused
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {asked[1]}" if asked else "it holds more than tensors, or is no PyTorch file"
         raise DataError(
-            f"{path} is refused, nothing in it was run: it holds code or objects besides tensors, or is no "
-            f"PyTorch file ({reason[:120]}); ask for a file of tensors only"
+            f"{path} is refused, nothing in it was run: {what}; expected a file of tensors only"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -131,7 +135,10 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     index = folder / HF_INDEX
     if not index.is_file():
         return read_tensors(folder / HF_WEIGHTS)
-    parts = sorted(set(read_json(index).get("weight_map", {}).values()))
+    places = read_json(index).get("weight_map")
+    if not (isinstance(places, dict) and all(isinstance(part, str) for part in places.values())):
+        raise DataError(f"{index} has no 'weight_map' from tensors to files")
+    parts = sorted(set(places.values()))
     tensors: dict[str, Tensor] = {}
     for part in parts:
         tensors |= read_tensors(folder / Path(part).name)

@@ -117,8 +117,7 @@ def variant_of(config: Config) -> str:
     raise DataError(f"no variant has this shape: {shape}; known are {', '.join(VARIANTS)}")
 
 
-def _shape(config: Config) -> tuple[object, ...]:
+def _shape(config: Config) -> str:
     if isinstance(config, VitConfig):
-        shape = (config.embed_dim, config.num_blocks, config.ffn, config.ffn_hidden)
-        return ("width, blocks, ffn and its width", *shape)
-    return ("depths, widths", config.depths, config.dims)
+        return f"width {config.embed_dim}, {config.num_blocks} blocks, {config.ffn} of {config.ffn_hidden}"
+    return f"depths {config.depths}, widths {config.dims}"

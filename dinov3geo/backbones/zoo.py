@@ -122,14 +122,15 @@ def open_checkpoint(
         card = _read_card(path)
         config = _carded_config(card, checkpoint.config)
     else:
-        config = _folder_config(path, checkpoint.config)
-        card = foreign_card(path, checkpoint, config)
+        config = with_hf_settings(path, checkpoint.config)
+        card = _foreign_card(path, checkpoint, config)
         if is_hub_name(name_or_path):
             # A snapshot is named by its commit.
             source = str(name_or_path)
             card = dataclasses.replace(card, name=source, recipe={**card.recipe, "commit": path.name})
     if normalization is not None:
-        card = dataclasses.replace(card, normalization=find_normalization(normalization))
+        statistics = find_normalization(normalization)
+        card = _with_statistics(card, statistics, f"{_name_of(statistics)}, named by the user")
     tensors = dict(checkpoint.tensors)
     card = adapt_bands(tensors, card, bands=bands, sensor=sensor, stem=stem)
     config = dataclasses.replace(config, in_channels=len(card.normalization.bands))
@@ -180,20 +181,40 @@ def adapt_bands(
     """
     known = card.normalization
     first = "patch_embed.weight" if "patch_embed.weight" in tensors else "stem.conv.weight"
-    if tensors[first].shape[1] != len(known.bands):
-        raise ConfigError(
-            f"the weights take {tensors[first].shape[1]} bands, but their statistics are of "
-            f"{len(known.bands)} ({', '.join(known.bands)}); give normalization"
-        )
+    count = tensors[first].shape[1]
+    if count != len(known.bands):
+        named = None if sensor is None else Normalization.of_bands(_bands(sensor, bands))
+        if named is None or len(named.bands) != count:
+            other = len(known.bands if named is None else named.bands)
+            raise ConfigError(
+                f"the weights take {count} bands, but the statistics are of {other}; "
+                f"name a sensor with these {count} bands (dinov3geo convert IN OUT --to ours --sensor ...)"
+            )
+        return _with_statistics(card, named, f"{_of_sensor(sensor)}, as are the bands")
     if bands is None and sensor is None:
         return card
     names = tuple(bands) if bands is not None else tuple(band.name for band in _bands(sensor, None))
     tensors[first] = adapt_stem(tensors[first], known.bands, names, how=stem)
-    statistics = known.select(names) if sensor is None else Normalization.of_bands(_bands(sensor, names))
-    recipe = dict(card.recipe)
     if needs_choice(known.bands, names):
-        recipe["stem"] = {"how": stem, "from": list(known.bands), "to": list(names)}
-    return dataclasses.replace(card, normalization=statistics, recipe=recipe)
+        choice = {"how": stem, "from": list(known.bands), "to": list(names)}
+        card = dataclasses.replace(card, recipe={**card.recipe, "stem": choice})
+    if sensor is None:
+        return dataclasses.replace(card, normalization=known.select(names))
+    return _with_statistics(card, Normalization.of_bands(_bands(sensor, names)), _of_sensor(sensor))
+
+
+def _with_statistics(card: BackboneCard, statistics: Normalization, why: str) -> BackboneCard:
+    """The card with other statistics, and where they come from."""
+    return dataclasses.replace(card, normalization=statistics, recipe={**card.recipe, "normalization": why})
+
+
+def _name_of(statistics: Normalization) -> str:
+    return next((name for name, known in NORMALIZATIONS.items() if known == statistics), "its own")
+
+
+def _of_sensor(sensor: SensorLike | None) -> str:
+    assert sensor is not None
+    return f"that of the sensor {sensor.name}, named by the user"
 
 
 def _bands(sensor: SensorLike | None, names: Sequence[str] | None) -> Sequence[Any]:
@@ -201,7 +222,7 @@ def _bands(sensor: SensorLike | None, names: Sequence[str] | None) -> Sequence[A
     return sensor.select(names)
 
 
-def foreign_card(path: Path, checkpoint: Checkpoint, config: Config) -> BackboneCard:
+def _foreign_card(path: Path, checkpoint: Checkpoint, config: Config) -> BackboneCard:
     """A card for weights that came without one; the normalisation is what the checkpoint tells.
 
     Raises:
@@ -209,14 +230,12 @@ def foreign_card(path: Path, checkpoint: Checkpoint, config: Config) -> Backbone
     """
     variant = variant_of(config)
     normalization, why = _recognise_normalization(path, variant, checkpoint)
-    name = next((known for known, other in NORMALIZATIONS.items() if other == normalization), "its own")
     return BackboneCard(
         name=path.stem,
         variant=variant,
         patch_size=config.patch_size if isinstance(config, VitConfig) else config.stride,
         normalization=normalization,
-        recipe={"dialect": checkpoint.dialect, "normalization": name},
-        notes=f"Normalisation '{name}' {why}.",
+        recipe={"dialect": checkpoint.dialect, "normalization": f"{_name_of(normalization)}, {why}"},
         architecture=_architecture(config, variant),
     )
 
@@ -260,15 +279,28 @@ def _read_statistics(path: Path) -> Normalization | None:
         raise DataError(f"{path} has statistics that cannot be used: {error}") from error
 
 
-def _folder_config(path: Path, config: Config) -> Config:
-    """Settings from the config.json of a Hugging Face folder that the tensors do not tell.
+def with_hf_settings(path: Path, config: Config, *, section: str | None = None) -> Config:
+    """A shape with what the config.json of a Hugging Face folder says and the tensors do not.
+
+    Args:
+        path: the folder; the shape stays as it is where there is no such file.
+        config: what the tensors say.
+        section: object of the file that describes the backbone, if it is not the whole.
 
     Raises:
-        DataError: the file contradicts the tensors.
+        DataError: the file contradicts the tensors, or holds what cannot be read.
     """
-    if not (path.is_dir() and (path / HF_CONFIG).is_file()):
+    file = path / HF_CONFIG
+    if not file.is_file():
         return config
-    fields = read_json(path / HF_CONFIG)
+    fields = read_json(file)
+    if section is not None:
+        fields = fields.get(section) or {}
+    if not isinstance(fields, dict):
+        raise DataError(f"{file} has no settings under {section!r}, but {type(fields).__name__}")
+    usual = "silu" if isinstance(config, VitConfig) and config.ffn == "swiglu" else "gelu"
+    if fields.get("hidden_act", usual) != usual:
+        raise DataError(f"{file} says hidden_act {fields['hidden_act']!r}, this network has {usual!r}")
     try:
         eps = float(fields.get("layer_norm_eps", config.norm_eps))
         if isinstance(config, ConvNextConfig):
@@ -276,10 +308,10 @@ def _folder_config(path: Path, config: Config) -> Config:
         heads = int(fields.get("num_attention_heads", config.num_heads))
         base = float(fields.get("rope_theta", config.rope_base))
     except (TypeError, ValueError) as error:
-        raise DataError(f"{path / HF_CONFIG} has a value that is no number ({error})") from error
+        raise DataError(f"{file} has a value that is no number ({error})") from error
     if heads != config.num_heads:
         raise DataError(
-            f"{path / HF_CONFIG} says {heads} heads for width {config.embed_dim}, expected {config.num_heads}"
+            f"{file} says {heads} heads for width {config.embed_dim}, expected {config.num_heads}"
         )
     return dataclasses.replace(config, norm_eps=eps, rope_base=base)
 

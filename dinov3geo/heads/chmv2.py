@@ -24,7 +24,7 @@ from dinov3geo.backbones.features import Features
 from dinov3geo.backbones.keymaps import Pair, Renaming
 from dinov3geo.backbones.store import HF_CONFIG, read_json, read_weights
 from dinov3geo.backbones.variants import build_network, variant_of
-from dinov3geo.backbones.zoo import check_complete, load_backbone
+from dinov3geo.backbones.zoo import check_complete, load_backbone, with_hf_settings
 from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.heads.base import Head, OutputSpec
 from dinov3geo.heads.dpt import ResidualUnit
@@ -37,6 +37,8 @@ _MINIMUM, _MAXIMUM = 1e-3, 96.0
 # The released bins are those of an eighth of the range, and what they expect is multiplied by 8.
 _RANGE_FACTOR = 8.0
 _FACTORS = (4.0, 2.0, 1.0, 0.5)
+
+_BACKBONE_CONFIG = "backbone_config"
 
 _UNITS = ("first", "second")
 _HF_PAIRS: tuple[Pair, ...] = (
@@ -352,16 +354,14 @@ def _describe(ours: Mapping[str, Tensor], source: Path) -> Chmv2Shape:
 
 def _inner_backbone(inner: dict[str, Tensor], path: Path) -> Backbone:
     checkpoint = to_ours(inner)
-    config = checkpoint.config
-    fields = read_json(path / HF_CONFIG).get("backbone_config", {}) if (path / HF_CONFIG).is_file() else {}
-    if "layer_norm_eps" in fields:
-        config = dataclasses.replace(config, norm_eps=float(fields["layer_norm_eps"]))
+    config = with_hf_settings(path, checkpoint.config, section=_BACKBONE_CONFIG)
+    variant = variant_of(config)
     network = build_network(config)
     check_complete(network.state_dict(), checkpoint.tensors, source=path)
     network.load_state_dict({name: tensor.float() for name, tensor in checkpoint.tensors.items()})
     network.card = BackboneCard(
         name=path.stem,
-        variant=variant_of(config),
+        variant=variant,
         patch_size=network.patch_size,
         normalization=NORMALIZATIONS["chmv2"],
         notes="Backbone of CHMv2.",
@@ -375,9 +375,11 @@ def _blocks(path: Path, num_blocks: int) -> tuple[int, ...]:
     for name, wanted in (("bins_strategy", "chmv2_mixlog"), ("norm_strategy", "chmv2_mixlog")):
         if fields.get(name, wanted) != wanted:
             raise ConfigError(f"{path / HF_CONFIG} has {name} {fields[name]!r}; only {wanted!r} is read")
-    stages = fields.get("backbone_config", {}).get("out_indices")
+    stages = (fields.get(_BACKBONE_CONFIG) or {}).get("out_indices")
+    if stages is not None and not (isinstance(stages, list) and all(type(s) is int for s in stages)):
+        raise DataError(f"{path / HF_CONFIG} has out_indices {stages!r}, expected four numbers of blocks")
     # Theirs count the outputs of blocks from 1.
-    blocks = BLOCKS if stages is None else tuple(int(stage) - 1 for stage in stages)
-    if len(blocks) != len(_FACTORS) or max(blocks) >= num_blocks:
+    blocks = BLOCKS if stages is None else tuple(stage - 1 for stage in stages)
+    if len(blocks) != len(_FACTORS) or min(blocks) < 0 or max(blocks) >= num_blocks:
         raise DataError(f"the decoder reads blocks {blocks}, the backbone has {num_blocks}")
     return blocks

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov3geo.backbones.hub import is_hub_name, locate_repository
-from dinov3geo.backbones.store import HF_CONFIG, HF_WEIGHTS, PICKLES, read_weights
+from dinov3geo.backbones.store import HF_CONFIG, HF_INDEX, HF_WEIGHTS, PICKLES, read_weights
 from dinov3geo.errors import ConfigError, UnknownNameError
 from dinov3geo.heads.base import HeightModel
 from dinov3geo.heads.canopy import BUNDLED_MODELS, DEFAULT_MODEL, load_canopy_model
@@ -53,7 +53,7 @@ def describe_height_model(path: Path) -> dict[str, Any] | None:
 
 def _holds_weights(path: Path) -> bool:
     if path.is_dir():
-        return (path / HF_WEIGHTS).is_file()
+        return (path / HF_WEIGHTS).is_file() or (path / HF_INDEX).is_file()
     return path.is_file() and path.suffix in (".safetensors", *PICKLES)
 
 

@@ -380,6 +380,28 @@ def test_what_cannot_be_converted(change: Callable[[dict[str, Tensor]], object],
         to_ours(changed(change))
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.norm.weight", torch.ones(192), "with the prefix 'model.' and without it"),
+        ("layer.1.attention.k_proj.weight", torch.ones(192, 7), r"several shapes: k \[192, 7\], q"),
+        ("embeddings.register_tokens", torch.ones(192), "no usable name or shape"),
+    ],
+)
+def test_tensors_of_hugging_face_that_do_not_fit_together(name: str, tensor: Tensor, message: str) -> None:
+    config = few_blocks("vit_tiny")
+    tensors = from_ours(build_network(config).state_dict(), config, "hf")
+    assert to_ours(tensors).config == config
+    with pytest.raises(DataError, match=message):
+        to_ours(tensors | {name: tensor})
+
+
+def test_a_backbone_that_is_there_twice() -> None:
+    bare = changed(lambda _: None)
+    with pytest.raises(DataError, match="with the prefix 'backbone.' and without it"):
+        to_ours(bare | {"backbone.norm.weight": torch.ones(192)})
+
+
 def test_another_model_is_refused() -> None:
     with pytest.raises(DataError, match="no DINOv3"):
         to_ours({"layer1.0.conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)})
