@@ -131,8 +131,11 @@ def _cast(features: Features, dtype: torch.dtype) -> Features:
 
 
 def _plain(source: Backbone, dtype: torch.dtype, *, compiled: bool) -> Backbone:
-    """The backbone in another dtype, its blocks compiled if asked; itself where nothing changes."""
-    if not compiled and dtype == next(source.parameters()).dtype:
+    """The backbone in another dtype, its blocks compiled if asked; itself where nothing changes.
+
+    One that is being trained is copied, since paths are dropped and positions move in that mode.
+    """
+    if not (compiled or source.training) and dtype == next(source.parameters()).dtype:
         return source
     inner = copy.deepcopy(source).to(dtype).eval().requires_grad_(False)
     if compiled:

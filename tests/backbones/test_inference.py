@@ -168,6 +168,15 @@ def test_the_gain_is_a_real_number(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert 0.01 < bfloat16_gain(CPU) < 100
 
 
+def test_a_view_of_a_network_in_training_neither_draws_nor_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "can_pack", lambda _: False)  # as on a GPU
+    network = randomised(SHAPES["mlp"]).train()
+    view, images = for_inference(network).eval(), torch.randn(2, 3, 32, 32)
+    assert network.training
+    assert torch.equal(view(images).cls, view(images).cls)
+    assert largest(view(images).cls, network.eval()(images).cls) < 1e-5
+
+
 def test_the_backbone_may_go_on_training_beside_its_view() -> None:
     network = randomised(SHAPES["mlp"]).requires_grad_(True).train()
     view = for_inference(network)
