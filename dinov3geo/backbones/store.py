@@ -108,7 +108,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"{path} is refused, nothing in it was run: {what}; expected a file of tensors only"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
         raise DataError(f"{path} is not a readable PyTorch file ({reason}); was it cut short?") from error
     held = loaded.get("teacher", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(held, Mapping) or not held:

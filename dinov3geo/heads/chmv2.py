@@ -269,11 +269,13 @@ def load_chmv2(path: Path, *, backbone: str | Path | None = None) -> Chmv2Model:
         backbone: weights of the satellite ViT-L, where the file holds none.
 
     Raises:
-        ConfigError: the file holds no backbone and none is named, or a setting that this decoder lacks.
+        ConfigError: the file holds no backbone and none is named, or both; a setting that this decoder lacks.
         DataError: tensors are missing, left over or of another shape; all are listed.
         UnknownNameError: the backbone is not there.
     """
     head, inner = _read_parts(path)
+    if inner and backbone is not None:
+        raise ConfigError(f"{path} holds its own backbone; leave {backbone} out")
     if inner:
         network = _inner_backbone(inner, path)
     elif backbone is None:

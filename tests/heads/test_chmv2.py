@@ -1,6 +1,8 @@
 """The decoder of CHMv2 against transformers with random weights."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,32 @@ def test_what_models_says_of_it(oracle: tuple[nn.Module, Path], tmp_path: Path) 
     assert decoder is not None and decoder["backbone"] == "to be named beside it"
     save_file(backbone_tensors(oracle[0]), tmp_path / "backbone.safetensors")
     assert describe_height_model(tmp_path / "backbone.safetensors") is None
+
+
+def test_a_second_backbone_is_refused(oracle: tuple[nn.Module, Path]) -> None:
+    with pytest.raises(ConfigError, match="holds its own backbone; leave vit-tiny-aerial out"):
+        load_height_model(oracle[1], backbone="vit-tiny-aerial")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 2}, "2 heads for width 64, expected 1"),
+        ({"layer_norm_eps": "small"}, "no number"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ({"out_indices": ["a", 2, 3, 4]}, "expected four numbers of blocks"),
+        ({"out_indices": [0, 2, 3, 4]}, r"reads blocks \(-1, 1, 2, 3\)"),
+    ],
+)
+def test_settings_that_contradict_the_tensors(
+    oracle: tuple[nn.Module, Path], tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    shutil.copytree(oracle[1], tmp_path / "hf")
+    fields = json.loads((tmp_path / "hf" / "config.json").read_text())
+    fields["backbone_config"] |= changes
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(DataError, match=message):
+        load_chmv2(tmp_path / "hf")
 
 
 def test_models_that_are_none(oracle: tuple[nn.Module, Path], tmp_path: Path) -> None:
