@@ -153,6 +153,9 @@ def test_a_file_where_the_card_belongs_is_kept(ours: Path, tmp_path: Path) -> No
     (tmp_path / "folder.pth").mkdir()
     with pytest.raises(ConfigError, match="into a file, got the folder"):
         run("convert", ours, tmp_path / "folder.pth", "--to", "official", "--overwrite")
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(ConfigError, match="into a file, got the folder"):
+        run("export", ours, tmp_path / "folder.pt", "--format", "torchscript", "--overwrite")
 
 
 @pytest.mark.parametrize("dialect", ["official", "timm"])

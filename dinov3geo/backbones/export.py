@@ -153,6 +153,8 @@ def _check(
         )
     if output.exists() and not overwrite:
         raise RasterError(f"{output} exists; give another name or allow overwriting")
+    if output.is_dir():
+        raise ConfigError(f"{file_format} goes into a file, got the folder {output}")
 
 
 def _write(module: TensorOutputs, images: Tensor, path: Path, file_format: str, *, dynamic: bool) -> None:
