@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dinov3geo import __version__
+from dinov3geo.commands.benchmark import benchmark
 from dinov3geo.commands.canopy import canopy
 from dinov3geo.commands.classify import classify
 from dinov3geo.commands.console import note
@@ -48,6 +49,7 @@ app.command()(export)
 app.add_typer(canopy, name="canopy")
 app.add_typer(landcover, name="landcover")
 app.add_typer(classify, name="classify")
+app.command()(benchmark)
 app.command()(track)
 app.command()(features)
 app.add_typer(show, name="show")

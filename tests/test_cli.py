@@ -72,6 +72,7 @@ def test_verbs():
         "classify",
         "classify evaluate",
         "track",
+        "benchmark",
         "features",
         "show",
         "show pca",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,17 @@ def write_comparison(comparison: Comparison, folder: Path, *, command: str = "")
         draw_confusion(comparison.confusions[encoder, method], comparison.classes, png, title=title)
         files.append(png)
     return files
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of the working copy in a folder, "" where there is none."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()
 
 
 def hardware() -> dict[str, str]:

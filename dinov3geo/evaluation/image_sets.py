@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dinov3geo.data.image_folder import IMAGE_SUFFIXES, decode_image
 from dinov3geo.errors import DataError, GeoreferenceError, RasterError, UnknownNameError
-from dinov3geo.rasters.bands import RGB, find_bands
+from dinov3geo.rasters.bands import RGB, described_bands, find_bands
 from dinov3geo.rasters.reader import RASTER_SUFFIXES, SceneReader
 
 SUFFIXES = (*IMAGE_SUFFIXES, *RASTER_SUFFIXES)
@@ -157,12 +157,15 @@ def _check_classes(images: ImageSet, split: Split) -> None:
         )
 
 
-def class_folders(root: str | Path, *, bands: Sequence[str] | None = None) -> ImageSet:
+def class_folders(
+    root: str | Path, *, bands: Sequence[str] | None = None, order: Sequence[str] | None = None
+) -> ImageSet:
     """A folder with one sub-folder of images per class, at any depth: JPEG, PNG or rasters.
 
     Args:
         root: searched recursively; hidden names are skipped.
-        bands: to read from rasters, in this order; None for red, green, blue where they are named, else all.
+        bands: to read from rasters, in this order; None for all.
+        order: of the bands in the files, see `read_image`.
 
     Raises:
         RasterError: no such folder.
@@ -179,7 +182,7 @@ def class_folders(root: str | Path, *, bands: Sequence[str] | None = None) -> Im
         raise DataError(f"expected one sub-folder of images per class in {root}, found {found}")
     number = {name: k for k, name in enumerate(classes)}
     labels = torch.tensor([number[path.parent.name] for path in files])
-    return files_set(folder.name, files, labels, classes, bands=bands)
+    return files_set(folder.name, files, labels, classes, bands=bands, order=order)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -207,6 +210,7 @@ def files_set(
     classes: Sequence[str],
     *,
     bands: Sequence[str] | None = None,
+    order: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
 ) -> ImageSet:
     """Images that are files.
@@ -217,33 +221,38 @@ def files_set(
         labels: [N] int64 or [N, K] bool.
         classes: names of the K classes.
         bands: of rasters, in this order.
+        order: of the bands in the files, where these do not name them.
         parts: of the set's own split.
     """
     paths = list(files)
     wanted = None if bands is None else tuple(bands)
     states = ((path.resolve(), path.stat()) for path in paths)
     stamp = hashlib.sha256(repr([(str(p), s.st_size, s.st_mtime_ns) for p, s in states]).encode())
-    stamp.update(repr(wanted).encode())
+    stamp.update(repr((wanted, None if order is None else tuple(order))).encode())
     is_rgb = wanted is None and all(path.suffix.lower() in IMAGE_SUFFIXES for path in paths)
     return ImageSet(
         name,
         tuple(path.name for path in paths),
         labels,
         tuple(classes),
-        lambda i: read_image(paths[i], wanted),
+        lambda i: read_image(paths[i], wanted, order=order),
         bands=RGB if is_rgb else wanted,
         parts=None if parts is None else tuple(parts),
         stamp=stamp.hexdigest(),
     )
 
 
-def read_image(path: Path, bands: Sequence[str] | None = None) -> Tensor:
+def read_image(
+    path: Path, bands: Sequence[str] | None = None, *, order: Sequence[str] | None = None
+) -> Tensor:
     """An image as numbers, [C, H, W] in the file's dtype; pixels without data are 0 or the nodata number.
 
     Args:
         path: JPEG, PNG or raster, with or without a georeference.
         bands: names to read in this order. Where a raster names no bands, it must have just as many, and
             they are taken to stand in this order. None for all.
+        order: of the bands in a raster that describes none of them, e.g. that of its sensor; it wins over
+            the file's colours, alpha included.
 
     Raises:
         RasterError: no such file, or damaged.
@@ -255,7 +264,7 @@ def read_image(path: Path, bands: Sequence[str] | None = None) -> Tensor:
         return torch.from_numpy(np.array(decode_image(path))).permute(2, 0, 1)
     try:
         with SceneReader(path) as reader:
-            chosen = None if bands is None else _positions(path, reader, bands)
+            chosen = None if bands is None else _positions(path, reader, bands, order)
             if chosen is not None and chosen != reader.bands:
                 with SceneReader(reader.info, bands=chosen) as other:
                     return _whole(other)
@@ -264,7 +273,15 @@ def read_image(path: Path, bands: Sequence[str] | None = None) -> Tensor:
         return _read_plain(path, bands)
 
 
-def _positions(path: Path, reader: SceneReader, bands: Sequence[str]) -> tuple[int, ...]:
+def _positions(
+    path: Path, reader: SceneReader, bands: Sequence[str], order: Sequence[str] | None
+) -> tuple[int, ...]:
+    if order is not None and not any(described_bands(reader.info, bands)):
+        if reader.info.num_bands != len(order):
+            raise DataError(
+                f"{path} has {reader.info.num_bands} bands, expected {len(order)}: {', '.join(order)}"
+            )
+        return tuple(list(order).index(band) + 1 for band in bands)
     found = find_bands(reader.info, bands)
     if found is not None:
         return found
