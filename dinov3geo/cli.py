@@ -21,6 +21,7 @@ from dinov3geo.commands.export import export
 from dinov3geo.commands.landcover import landcover
 from dinov3geo.commands.maps import polygons, zonal
 from dinov3geo.commands.models import models
+from dinov3geo.commands.pack import pack
 from dinov3geo.commands.pictures import features, show
 from dinov3geo.commands.pretrain import pretrain
 from dinov3geo.commands.split import split
@@ -44,6 +45,7 @@ app.command()(pretrain)
 app.command()(stats)
 app.command()(curate)
 app.command()(split)
+app.command()(pack)
 app.command()(convert)
 app.command()(export)
 app.add_typer(canopy, name="canopy")

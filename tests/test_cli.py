@@ -63,6 +63,7 @@ def test_verbs():
         "landcover predict",
         "landcover evaluate",
         "split",
+        "pack",
         "zonal",
         "polygons",
         "canopy",

@@ -163,6 +163,11 @@ class ChosenScenes(IndexedChips):
         place = self._place(index)
         return f"{place.path} at row {place.row}, column {place.col}"
 
+    def grid(self, index: int) -> PixelGrid:
+        """Where a chip lies."""
+        place = self._place(index)
+        return self.dataset.window_grid(place.path, place.row, place.col, (place.size, place.size))
+
     def order(self, *, seed: int, rank: int, world_size: int) -> Order:
         """By the weights of the table."""
         return _weighted(self, self._weights, seed=seed, rank=rank, world_size=world_size)

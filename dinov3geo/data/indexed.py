@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinov3geo.data.sampling import IndexSampler
+from dinov3geo.rasters.grid import PixelGrid
 
 
 class Order(Protocol):
@@ -35,6 +36,10 @@ class IndexedChips(Dataset[dict[str, Tensor]]):
     @abstractmethod
     def place(self, index: int) -> str:
         """Where a sample comes from, for messages."""
+
+    def grid(self, index: int) -> PixelGrid | None:
+        """Where a sample lies on the ground; None for images."""
+        return None
 
     @property
     def band_count(self) -> int | None:

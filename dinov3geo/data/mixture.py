@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import shapely
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -24,6 +23,7 @@ from dinov3geo.data.ranges import Probability
 from dinov3geo.data.sampling import ChipSampler, SuperblockSampler
 from dinov3geo.data.scenes import SceneDataset
 from dinov3geo.errors import ConfigError, DataError, UserError
+from dinov3geo.rasters.lists import gdal_address
 from dinov3geo.rasters.sensors import Sensor, get_sensor
 
 _CHOICES_AT_ONCE = 4096
@@ -183,7 +183,8 @@ def open_sources(settings: DataSettings) -> list[SceneDataset | IndexedChips]:
 
 
 def _open_source(source: SourceSettings, settings: DataSettings) -> SceneDataset | IndexedChips:
-    path = settings.root / source.path
+    address = gdal_address(source.path)
+    path = settings.root / source.path if address is None else Path(address)
     table = None if source.chips is None else read_chosen(source.chips)
     if source.kind == "images":
         if source.split is not None:
@@ -249,7 +250,7 @@ def chip_loader(
     Raises:
         DataError: while iterating, a file that cannot be used.
     """
-    sampler = _mixed_sampler(
+    sampler = chip_sampler(
         datasets, settings, batch_size, seed=seed, start=start, rank=rank, world_size=world_size
     )
     loader: DataLoader[Any] = DataLoader(
@@ -284,7 +285,7 @@ def locate_chips(
         For each chip its file, or the files and the corner coordinates that were asked for. Of a scene chip
         that was drawn again for its lack of data, all places are named.
     """
-    sampler = _mixed_sampler(
+    sampler = chip_sampler(
         datasets, settings, batch_size, seed=seed, start=start, rank=rank, world_size=world_size
     )
     addresses = itertools.islice(sampler, batch_size)
@@ -295,13 +296,11 @@ def _place(dataset: SceneDataset | IndexedChips, key: Any) -> str:  # noqa: ANN4
     if isinstance(dataset, IndexedChips):
         return dataset.place(key)
     x, y = key[:2]
-    index = dataset.index
-    touched = index[index.geometry.intersects(shapely.box(x.start, y.start, x.stop, y.stop))]
     corners = f"x {x.start:.9g} to {x.stop:.9g}, y {y.start:.9g} to {y.stop:.9g}"
-    return f"{', '.join(sorted(touched['filepath']))} at {corners}"
+    return f"{', '.join(dataset.paths_at(key))} at {corners}"
 
 
-def _mixed_sampler(
+def chip_sampler(
     datasets: Sequence[SceneDataset | IndexedChips],
     settings: DataSettings,
     batch_size: int,
@@ -311,6 +310,7 @@ def _mixed_sampler(
     rank: int,
     world_size: int,
 ) -> MixedSampler:
+    """The sequence of chips that `chip_loader` reads; arguments as there."""
     samplers: list[Order] = []
     for number, dataset in enumerate(datasets):
         own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

@@ -253,6 +253,12 @@ class SceneDataset(RasterDataset):
             rows = [first, *(row for row in rows if row != first)]
         return *self._mosaic(rows, grid), grid
 
+    def paths_at(self, index: Query) -> list[str]:
+        """Files that a query may read, sorted."""
+        x, y, t = self.complete(index)
+        rows = self._catalog.find((x.start, y.start, x.stop, y.stop), t.start, t.stop)
+        return sorted({str(self._catalog.paths[row]) for row in rows})
+
     @property
     def infos(self) -> Mapping[Path, SceneInfo]:
         """Headers of the scenes, by path and in order."""

@@ -29,7 +29,7 @@ from dinov3geo.rasters.overviews import Overviews, halve
 from dinov3geo.rasters.threads import step_back
 from dinov3geo.rasters.unfinished import FinishedStrip, Statistics, WorkFolder
 
-__all__ = ["GeoTiffWriter", "Layer", "Overviews", "block_cache", "write_geotiff"]
+__all__ = ["GeoTiffWriter", "Layer", "Overviews", "block_cache", "encode_chip", "write_geotiff"]
 
 # Strips compressed to less than this share of their numbers are rare: a disk without that much room is full
 # for certain. After the first strips the real share is known.
@@ -367,6 +367,31 @@ def write_geotiff(
     )
     with GeoTiffWriter(path, grid, layer, overwrite=overwrite) as writer:
         writer.write(bands)
+
+
+def encode_chip(
+    numbers: NDArray[Any], valid: NDArray[np.bool_], grid: PixelGrid, band_names: Sequence[str] = ()
+) -> bytes:
+    """A small GeoTIFF in memory, whose pixels without data lie under an internal mask.
+
+    Args:
+        numbers: [C, H, W].
+        valid: [H, W].
+        grid: where they lie.
+        band_names: one per band, or none.
+    """
+    count, height, width = numbers.shape
+    place = {"crs": grid.crs, "transform": grid.transform, "height": height, "width": width}
+    options = {"driver": "GTiff", "count": count, "dtype": numbers.dtype.name, "compress": "deflate"}
+    # One strip per band: a chip is always read whole.
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), MemoryFile() as memory:
+        with memory.open(**options, **place, blockysize=height, photometric="minisblack") as dataset:
+            dataset.write(numbers)
+            if not valid.all():
+                dataset.write_mask(valid)
+            for band, name in enumerate(band_names, start=1):
+                dataset.set_band_description(band, name)
+        return bytes(memory.getbuffer())
 
 
 def _creation_options(layer: Layer) -> dict[str, Any]:

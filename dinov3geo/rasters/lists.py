@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import geopandas
 
 from dinov3geo.errors import DataError, RasterError, UnknownNameError
 
+_SCHEMES = {
+    "https://": "/vsicurl/",
+    "http://": "/vsicurl/",
+    "s3://": "/vsis3/",
+    "gs://": "/vsigs/",
+    "az://": "/vsiaz/",
+}
 _VECTOR = ".gpkg"
 _TEXT = ".txt"
 
@@ -62,13 +70,24 @@ def _from_splits(path: Path, split: str) -> list[Path]:
 def _existing(source: Path, names: list[str]) -> list[Path]:
     if not names:
         raise DataError(f"{source} names no raster")
-    found = [Path(name) if is_address(name) else source.parent / name for name in names]
+    found = [Path(gdal_address(name) or source.parent / name) for name in names]
     for path in found:
-        if not is_address(str(path)) and not path.exists():
+        if gdal_address(path) is None and not path.exists():
             raise RasterError(f"{source} names {path}, which does not exist")
     return found
 
 
-def is_address(name: str) -> bool:
-    """Whether a name is one of GDAL's virtual files, e.g. /vsicurl/https://..., /vsis3/bucket/key."""
-    return name.startswith("/vsi")
+def gdal_address(name: str | Path) -> str | None:
+    """What GDAL opens for something that is no file of this machine; None for files.
+
+    Args:
+        name: `https://...`, `s3://bucket/key`, `gs://...`, `az://...`, or a virtual file of GDAL, `/vsi...`.
+            A `Path` has lost one of two slashes, which it gets back.
+    """
+    text = re.sub(r"^(.*?\b[a-z0-9]+):/+(?=[^/])", r"\1://", str(name), count=1)
+    if text.startswith("/vsi"):
+        return text
+    for scheme, prefix in _SCHEMES.items():
+        if text.startswith(scheme):
+            return prefix + (text if prefix == "/vsicurl/" else text.removeprefix(scheme))
+    return None

@@ -22,7 +22,7 @@ from rasterio.windows import Window
 from dinov3geo.errors import DataError, RasterError
 from dinov3geo.rasters.blocks import Block, BlockCache, block_side, read_through, worth_keeping
 from dinov3geo.rasters.grid import PixelGrid, aligned_window
-from dinov3geo.rasters.lists import listed_rasters
+from dinov3geo.rasters.lists import gdal_address, listed_rasters
 from dinov3geo.rasters.sensor import Quality
 from dinov3geo.rasters.stac import split_spec, stac_rasters
 from dinov3geo.rasters.tiff import missing_bytes
@@ -134,10 +134,8 @@ class SceneReader:
         self._dataset = _open(self.path, None if known is None else known.source)
         try:
             self.info = known or _info(self.path, self._dataset)
-            self.bands = self._select(bands)
-            self._dtype = np.result_type(*(self._dataset.dtypes[band - 1] for band in self.bands))
-            self._numbers = self._nodata_numbers(nodata)
-            self._mask_bands, self._alpha_bands = self._mask_sources()
+            self._fallback = nodata
+            self.selecting(bands)
             self._shape_hw = self.info.grid.shape_hw
             self._cache = None if cache is None else self._usable(cache)
             height, width = self._dataset.block_shapes[0]
@@ -161,6 +159,21 @@ class SceneReader:
     def close(self) -> None:
         """Closes the file."""
         self._dataset.close()
+
+    def selecting(self, bands: Sequence[int] | None) -> Self:
+        """This reader, giving other bands from now on.
+
+        Args:
+            bands: 1-based indexes in the order wanted; None for all bands but alpha.
+
+        Raises:
+            DataError: a band that the file does not have.
+        """
+        self.bands = self._select(bands)
+        self._dtype = np.result_type(*(self._dataset.dtypes[band - 1] for band in self.bands))
+        self._numbers = self._nodata_numbers(self._fallback)
+        self._mask_bands, self._alpha_bands = self._mask_sources()
+        return self
 
     @property
     def fill(self) -> Array:
@@ -363,7 +376,10 @@ def read_on_grid(
 
 
 def _find(spec: str | Path) -> list[Path]:
-    """Rasters that one file, folder, glob or STAC document names."""
+    """Rasters that one file, folder, glob, address or STAC document names."""
+    address = gdal_address(spec)
+    if address is not None:
+        return [Path(address)]
     document = split_spec(spec)
     if document is not None:
         return stac_rasters(*document)
@@ -388,7 +404,8 @@ def _find(spec: str | Path) -> list[Path]:
 
 def _open(path: Path, source: str | None = None) -> DatasetReader:
     """Opens a raster with errors that a user understands."""
-    if source is None and not path.exists():
+    address = gdal_address(path)
+    if source is None and address is None and not path.exists():
         raise RasterError(f"no such file: {path}")
     if path.is_dir():
         raise RasterError(f"{path} is a folder, expected a raster file")
@@ -396,7 +413,12 @@ def _open(path: Path, source: str | None = None) -> DatasetReader:
         with warnings.catch_warnings():
             # A missing position is an error of ours with a better message.
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            dataset = rasterio.open(source or path)
+            if address is None:
+                dataset = rasterio.open(source or path)
+            else:
+                # Nobody asks a server for all that lies beside the file.
+                with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):
+                    dataset = rasterio.open(source or address)
     except RasterioIOError as error:
         raise RasterError(
             f"{path} cannot be opened as a raster ({error}); expected a GeoTIFF or the like"
@@ -409,7 +431,7 @@ def _open(path: Path, source: str | None = None) -> DatasetReader:
 
 def _info(path: Path, dataset: DatasetReader) -> SceneInfo:
     # First of all: a file that has lost its end may have lost its georeference with it.
-    missing = missing_bytes(path, dataset)
+    missing = 0 if gdal_address(path) is not None else missing_bytes(path, dataset)
     if missing:
         raise RasterError(
             f"{path} is truncated: at least {missing} bytes are missing at its end; copy it again"
