@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,7 @@ from dinov3geo.commands.console import (
     check_folder,
     print_pairs,
     progress_bar,
+    run_all,
     warn,
 )
 from dinov3geo.commands.options import (
@@ -39,10 +40,14 @@ if TYPE_CHECKING:
     from dinov3geo.features.extract import FeatureCache
     from dinov3geo.heads.base import HeightModel
     from dinov3geo.heads.canopy import CanopySettings
+    from dinov3geo.predict.products import PredictionReport
 
 canopy = typer.Typer(help="Canopy height in metres.", no_args_is_help=True)
 
 PRODUCT = "canopy_height"
+
+RAY_SCENES = 4
+"""Scenes whose rows are on a cluster at once: small ones alone would not keep its workers busy."""
 
 Model = Annotated[
     str | None,
@@ -267,9 +272,10 @@ def predict(
 
     A run that was cut off goes on where it was when the same command is given again.
     """
+    from dinov3geo.predict.jobs import count_tiles
     from dinov3geo.predict.products import predict_canopy
     from dinov3geo.predict.sidecars import write_sidecars
-    from dinov3geo.rasters.reader import find_rasters, inspect_scene
+    from dinov3geo.rasters.reader import find_rasters
 
     if preview and no_preview:
         raise ConfigError("--preview and --no-preview exclude each other; give one of them")
@@ -278,34 +284,38 @@ def predict(
         raise ConfigError(f"--preview names one picture, but there are {len(jobs)} scenes; leave it out")
     pictures = [None if no_preview else preview or target.with_suffix(".png") for _, target in jobs]
     # What is wrong with any scene or output is found before the first one is worked on.
-    for scene, _ in jobs:
-        inspect_scene(scene)
+    sizes = [count_tiles(scene, tile, overlap) for scene, _ in jobs]
     check_files(jobs, pictures, overwrite=overwrite, sidecars=not no_sidecars)
     heights_model = load_model(model, device, backbone=backbone)
-    reports = []
-    for (scene, target), picture in zip(jobs, pictures, strict=True):
-        with progress_bar(scene.name) as tell:
-            report = predict_canopy(
-                scene,
-                target,
-                model=heights_model,
-                tile=tile,
-                overlap=overlap,
-                batch_size=batch_size,
-                integer=integer,
-                uncertainty=uncertainty,
-                precision=precision,
-                compiled=compiled,
-                engine=engine,
-                overwrite=overwrite,
-                preview=picture,
-                progress=tell,
-                command=command_line(context),
-            )
+
+    def work(number: int, tell: Callable[[int, int], None]) -> PredictionReport:
+        (scene, target), picture = jobs[number], pictures[number]
+        report = predict_canopy(
+            scene,
+            target,
+            model=heights_model,
+            tile=tile,
+            overlap=overlap,
+            batch_size=batch_size,
+            integer=integer,
+            uncertainty=uncertainty,
+            precision=precision,
+            compiled=compiled,
+            engine=engine,
+            overwrite=overwrite,
+            preview=picture,
+            progress=tell,
+            command=command_line(context),
+        )
         if not no_sidecars:
             write_sidecars(target, scene=scene)
+        return report
+
+    reports = run_all(
+        work, sizes, [scene.name for scene, _ in jobs], at_once=RAY_SCENES if engine == "ray" else 1
+    )
+    for report in reports:
         warn(report.warnings)
-        reports.append(report)
     print_reports(reports)
 
 

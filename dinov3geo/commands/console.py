@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -67,6 +68,47 @@ def progress_bar(label: str) -> Iterator[Tell]:
             progress.update(task, description=label, completed=done, total=total, notes=notes)
 
         yield tell
+
+
+def run_all[T](
+    work: Callable[[int, Callable[[int, int], None]], T],
+    sizes: Sequence[int],
+    labels: Sequence[str],
+    *,
+    at_once: int = 1,
+) -> list[T]:
+    """Does several pieces of work under one progress bar.
+
+    Args:
+        work: does the piece of a number, from 0 on, and tells steps done and in all of it.
+        sizes: steps of each piece, or what they are like beside each other.
+        labels: of each piece.
+        at_once: pieces in the making; after an error no further one begins.
+
+    Returns:
+        What each piece returned, in their order.
+    """
+    finished = [0] * len(sizes)
+    with progress_bar(labels[0]) as tell:
+
+        def do(number: int) -> T:
+            label = f"{labels[number]} ({number + 1}/{len(sizes)})" if len(sizes) > 1 else labels[number]
+
+            def told(done: int, whole: int) -> None:
+                # The share counts: a piece may count its steps in another way than `sizes`.
+                finished[number] = round(done / max(whole, 1) * sizes[number])
+                tell(sum(finished), sum(sizes), label=label)
+
+            return work(number, told)
+
+        if at_once == 1 or len(sizes) == 1:
+            return [do(number) for number in range(len(sizes))]
+        with ThreadPoolExecutor(max_workers=at_once) as pool:
+            waiting = [pool.submit(do, number) for number in range(len(sizes))]
+            try:
+                return [one.result() for one in waiting]
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _LineTeller:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dinov3geo.commands.console import check_folder, format_seconds, print_pairs, progress_bar, warn
+from dinov3geo.commands.canopy import plan_outputs
+from dinov3geo.commands.console import (
+    check_folder,
+    format_seconds,
+    print_pairs,
+    print_table,
+    progress_bar,
+    run_all,
+    warn,
+)
 from dinov3geo.commands.options import (
     Backbone,
     BatchSize,
@@ -20,9 +30,10 @@ from dinov3geo.commands.options import (
     command_line,
     load_network,
 )
+from dinov3geo.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
-    pass
+    from dinov3geo.predict.products import FeatureReport
 
 show = typer.Typer(help="Draw pictures of features and heights.", no_args_is_help=True)
 
@@ -39,14 +50,31 @@ Scale = Annotated[
 
 def features(
     context: typer.Context,
-    scene: Scene,
+    scenes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SCENE...", help="Files, folders, globs or a STAC collection.", show_default=False
+        ),
+    ],
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", metavar="OUT", help=".tif, .zarr or .parquet", show_default=False),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="OUT",
+            help=".tif, .zarr or .parquet for one scene, else a folder.",
+            show_default=False,
+        ),
     ],
+    kind: Annotated[
+        str, typer.Option("--format", help="In a folder: tif, zarr or parquet.", metavar="KIND")
+    ] = "zarr",
     backbone: Backbone = None,
     pca: Annotated[
-        int | None, typer.Option(metavar="K", min=1, help="Keep K principal components.", show_default=False)
+        int | None,
+        typer.Option(
+            metavar="K", min=1, help="Keep K principal components, fitted on all scenes.", show_default=False
+        ),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="float32 or int8 with a scale; in .zarr and .parquet also float16.")
@@ -61,15 +89,30 @@ def features(
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the patch features of a scene as a GeoTIFF, a Zarr store or a table."""
-    from dinov3geo.predict.products import predict_features
+    """Write the patch features of scenes as GeoTIFFs, Zarr stores or tables.
 
-    check_folder(output.parent)
-    network = load_network(backbone, device)
-    with progress_bar(scene.name) as tell:
-        report = predict_features(
+    A run that was cut off goes on where it was when the same command is given again.
+    """
+    from dinov3geo.predict.jobs import count_tiles
+    from dinov3geo.predict.products import predict_features, sample_scenes
+    from dinov3geo.rasters.reader import find_rasters
+
+    jobs = _feature_files(find_rasters(scenes), output, kind)
+    check_folder(jobs[0][1].parent)
+    sizes = [count_tiles(scene, tile, overlap) for scene, _ in jobs]
+    network, sample = load_network(backbone, device), None
+    if len(jobs) > 1 and (pca is not None or dtype == "int8"):
+        with progress_bar("sample") as tell:
+            files = [scene for scene, _ in jobs]
+            sample = sample_scenes(
+                files, network, image_scale=image_scale, tile=tile, overlap=overlap, progress=tell
+            )
+
+    def work(number: int, tell: Callable[[int, int], None]) -> FeatureReport:
+        scene, target = jobs[number]
+        return predict_features(
             scene,
-            output,
+            target,
             backbone=network,
             pca=pca,
             dtype=dtype,
@@ -78,11 +121,40 @@ def features(
             overlap=overlap,
             batch_size=batch_size,
             compiled=compiled,
+            sample=sample,
             overwrite=overwrite,
             progress=tell,
             command=command_line(context),
         )
-    warn(report.warnings)
+
+    reports = run_all(work, sizes, [scene.name for scene, _ in jobs])
+    for report in reports:
+        warn(report.warnings)
+    _print_features(reports)
+
+
+def _feature_files(scenes: Sequence[Path], output: Path, kind: str) -> list[tuple[Path, Path]]:
+    """Scenes with the files to write."""
+    kinds = ("tif", "zarr", "parquet")
+    if kind not in kinds:
+        raise UnknownNameError("format", kind, kinds)
+    if output.suffix.lower() in (".tif", ".tiff", ".zarr", ".parquet"):
+        if len(scenes) > 1:
+            raise ConfigError(f"{len(scenes)} scenes cannot go into {output}; give a folder to -o")
+        return [(scenes[0], output)]
+    targets = plan_outputs(scenes, output, product="features")
+    return [(scene, target.with_suffix(f".{kind}")) for scene, target in targets]
+
+
+def _print_features(reports: Sequence[FeatureReport]) -> None:
+    if len(reports) > 1:
+        rows = [
+            [str(one.output), "x".join(map(str, one.grid_hw)), str(one.dimensions), f"{one.valid_share:.1%}"]
+            for one in reports
+        ]
+        print_table(["features", "patches", "bands", "valid"], rows)
+        return
+    (report,) = reports
     pairs = [
         ("features", str(report.output)),
         ("size", f"{report.grid_hw[0]} x {report.grid_hw[1]} patches, {report.dimensions} bands"),
@@ -117,16 +189,62 @@ def show_similarity(
         tuple[float, float],
         typer.Option(metavar="X Y", help="Point in the scene's reference system.", show_default=False),
     ],
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="X,Y", help="A further point; the most similar one counts. Repeatable."),
+    ] = None,
     backbone: Backbone = None,
     image_scale: Scale = None,
     device: Device = "auto",
 ) -> None:
-    """Draw how similar every patch of a scene is to the patch at a point."""
+    """Draw how similar every patch of a scene is to the patch at a point, or at any of some points."""
     from dinov3geo.predict import pictures
 
+    points = [xy, *(_parse_point(text) for text in also or [])]
     pictures.show_similarity(
-        scene, output, backbone=load_network(backbone, device), xy=xy, image_scale=image_scale
+        scene, output, backbone=load_network(backbone, device), points=points, image_scale=image_scale
     )
+    print_pairs([("picture", str(output))])
+
+
+@show.command("neighbours")
+def show_neighbours(
+    scenes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SCENE...", help="The scene of the point, then others to search.", show_default=False
+        ),
+    ],
+    output: OutputPicture,
+    xy: Annotated[
+        tuple[float, float],
+        typer.Option(metavar="X Y", help="Point in the first scene's reference system.", show_default=False),
+    ],
+    count: Annotated[int, typer.Option("--count", "-k", min=1, max=63, help="Neighbours to find.")] = 7,
+    backbone: Backbone = None,
+    image_scale: Scale = None,
+    device: Device = "auto",
+) -> None:
+    """Find the patches of some scenes that look most like the patch at a point, and draw them."""
+    from dinov3geo.predict import neighbours
+    from dinov3geo.predict.checks import check_picture
+    from dinov3geo.rasters.reader import find_rasters
+
+    first = find_rasters(scenes[0])
+    if len(first) > 1:
+        raise ConfigError(f"{scenes[0]} names {len(first)} scenes; name the one that holds the point first")
+    others = [scene for scene in find_rasters(scenes[1:]) if scene != first[0]] if scenes[1:] else []
+    check_picture(output, sources=[*first, *others], overwrite=True)
+    network = load_network(backbone, device)
+    with progress_bar("neighbours") as tell:
+        asked, found, side = neighbours.find_neighbours(
+            [*first, *others], backbone=network, xy=xy, count=count, image_scale=image_scale, progress=tell
+        )
+    neighbours.draw_neighbours(asked, found, output, side=side)
+    rows = [
+        [str(one.scene), f"{one.xy[0]:.10g}", f"{one.xy[1]:.10g}", f"{one.similarity:.3f}"] for one in found
+    ]
+    print_table(["scene", "x", "y", "similarity"], rows)
     print_pairs([("picture", str(output))])
 
 
@@ -146,3 +264,31 @@ def show_heights(
     check_picture(output, sources=sources, overwrite=True)
     write_preview(scene, heights, output)
     print_pairs([("picture", str(output))])
+
+
+@show.command("landcover")
+def show_landcover(
+    classes: Annotated[
+        Path, typer.Argument(help="Raster of classes with a colour table.", show_default=False)
+    ],
+    output: OutputPicture,
+    scene: Annotated[
+        Path | None, typer.Option(help="Draw this image beside the classes.", show_default=False)
+    ] = None,
+) -> None:
+    """Draw a map of classes with its legend, and the image beside it."""
+    from dinov3geo.predict.checks import check_picture
+    from dinov3geo.predict.class_picture import write_class_preview
+
+    check_picture(output, sources=[classes] if scene is None else [classes, scene], overwrite=True)
+    write_class_preview(scene, classes, output)
+    print_pairs([("picture", str(output))])
+
+
+def _parse_point(text: str) -> tuple[float, float]:
+    """`X,Y` as numbers."""
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"a point is given as X,Y, e.g. 404215,3285100; got {text!r}") from error
+    return x, y

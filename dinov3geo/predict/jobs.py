@@ -19,7 +19,7 @@ from dinov3geo.predict.stream import Floats, RunTiles
 from dinov3geo.rasters.bands import choose_bands
 from dinov3geo.rasters.geotiff import block_cache
 from dinov3geo.rasters.grid import PixelGrid, TilePlan
-from dinov3geo.rasters.reader import SceneReader
+from dinov3geo.rasters.reader import SceneReader, inspect_scene
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,16 @@ def prepare(
     warnings += gsd_warnings(scene, grid.gsd_m, wanted)
     plan = grid.tiles(tile // stride * stride, overlap // stride * stride, stride)
     return SceneJob(scene, bands, grid, plan, stride, batch_size, tuple(warnings))
+
+
+def count_tiles(scene: Path, tile: int, overlap: int) -> int:
+    """About how many tiles a scene is cut into, which is how long it takes beside others.
+
+    Raises:
+        RasterError, GeoreferenceError: the scene cannot be used.
+        DataError: tiles that never advance.
+    """
+    return len(inspect_scene(scene).grid.tiles(tile, overlap))
 
 
 def canopy_input(model: HeightModel, name: str) -> ModelInput:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -60,11 +60,11 @@ def show_pca(
     """
     scene, png = Path(scene), Path(png)
     check_picture(png, sources=(scene,), overwrite=True)
-    with _open_scene(scene, backbone) as reader:
+    with open_scene(scene, backbone) as reader:
         grid = reader.info.grid
-        stride, plan, features = _prepare(grid, backbone, image_scale)
+        stride, plan, features = prepare_features(grid, backbone, image_scale)
         basis = fit_pca(sample_features(reader, plan, features, stride=stride))
-        components, valid = _collect(reader, plan, pca_runner(features, basis), outputs=3, stride=stride)
+        components, valid = collect_rows(reader, plan, pca_runner(features, basis), outputs=3, stride=stride)
     colours = np.moveaxis(basis.scale(np.moveaxis(components, 0, -1)), -1, 0)
     figure, panels = new_figure(grid, panels=2)
     draw_image(panels[0], read_overview(scene), title=scene.name)
@@ -80,47 +80,60 @@ def show_similarity(
     png: str | Path,
     *,
     backbone: Backbone,
-    xy: tuple[float, float],
+    points: Sequence[tuple[float, float]],
     image_scale: float | None = None,
 ) -> None:
     """Draws a scene beside the cosine similarity of its patches to the patch at a point.
+
+    Of several points the most similar one counts: the picture shows what looks like any of them.
 
     Args:
         scene: raster file.
         png: picture to write; it replaces an existing one.
         backbone: with a card, on the device to compute on.
-        xy: point in the scene's CRS.
+        points: (x, y) in the scene's CRS, at least one.
         image_scale: as in `show_pca`.
 
     Raises:
         RasterError, GeoreferenceError: as `show_pca`.
-        DataError: also a point outside the scene or on pixels without data.
+        DataError: also no point, one outside the scene or on pixels without data.
     """
     scene, png = Path(scene), Path(png)
+    if not points:
+        raise DataError("no point to compare with; give at least one")
     check_picture(png, sources=(scene,), overwrite=True)
-    with _open_scene(scene, backbone) as reader:
+    with open_scene(scene, backbone) as reader:
         grid = reader.info.grid
-        stride, plan, features = _prepare(grid, backbone, image_scale)
-        query = _feature_at(reader, plan, features, xy, stride=stride)
-
-        def similarity(images: Array, valid: Mask) -> Floats:
-            return cosine_similarity_map(np.moveaxis(features(images, valid), 1, -1), query)[:, None]
-
-        values, valid = _collect(reader, plan, similarity, outputs=1, stride=stride)
+        stride, plan, features = prepare_features(grid, backbone, image_scale)
+        queries = [feature_at(reader, plan, features, xy, stride=stride) for xy in points]
+        similarity = similarity_runner(features, queries)
+        values, valid = collect_rows(reader, plan, similarity, outputs=1, stride=stride)
     figure, panels = new_figure(grid, panels=2)
     draw_image(panels[0], read_overview(scene), title=scene.name)
     _draw_similarity(panels[1], _as_overview(values, valid, grid.coarsen(stride)))
     name = ModelInput.of_backbone(backbone).name
-    panels[1].set_title(f"Cosine similarity to the marked patch ({name})", fontsize=10)
+    marked = "marked patch" if len(points) == 1 else "nearest of the marked patches"
+    panels[1].set_title(f"Cosine similarity to the {marked} ({name})", fontsize=10)
     for panel in panels:
         for colour, width in (("black", 3.0), ("cyan", 1.5)):
-            panel.plot(*xy, "o", ms=9, mfc="none", mec=colour, mew=width)
+            panel.plot(*np.transpose(points), "o", ms=9, mfc="none", mec=colour, mew=width)
     _finish(panels, grid)
     save_figure(figure, png)
 
 
+def similarity_runner(features: RunTiles, queries: Sequence[Floats]) -> RunTiles:
+    """The greatest cosine similarity to some features [D], as [B, 1, h, w]."""
+
+    def run(images: Array, valid: Mask) -> Floats:
+        patches = np.moveaxis(features(images, valid), 1, -1)
+        found = [cosine_similarity_map(patches, query) for query in queries]
+        return np.max(found, axis=0)[:, None]
+
+    return run
+
+
 @contextmanager
-def _open_scene(scene: Path, backbone: Backbone) -> Iterator[SceneReader]:
+def open_scene(scene: Path, backbone: Backbone) -> Iterator[SceneReader]:
     """A reader of the backbone's bands, once the numbers are known to suit it."""
     wanted = ModelInput.of_backbone(backbone)
     bands, _ = choose_bands(scene, wanted.normalization.bands, model=wanted.name)
@@ -129,20 +142,24 @@ def _open_scene(scene: Path, backbone: Backbone) -> Iterator[SceneReader]:
         yield reader
 
 
-def _prepare(
+def prepare_features(
     grid: PixelGrid, backbone: Backbone, image_scale: float | None
 ) -> tuple[int, TilePlan, RunTiles]:
     """Scene pixels per patch, tiles that the backbone sees at `_TILE` pixels, and the features of a tile."""
-    scale = image_scale
-    if scale is None:
-        patches = [max(grid.shape_hw) * s / backbone.patch_size for s in _SCALES]
-        scale = next((s for s, n in zip(_SCALES, patches, strict=True) if n >= _MIN_PATCHES), _SCALES[-1])
+    scale = choose_scale(grid, backbone) if image_scale is None else image_scale
     stride = pixels_per_patch(backbone.patch_size, scale)
     tile, overlap = (int(side / scale) // stride * stride for side in (_TILE, _OVERLAP))
     return stride, grid.tiles(tile, overlap, stride), feature_runner(backbone, image_scale=scale)
 
 
-def _collect(
+def choose_scale(grid: PixelGrid, backbone: Backbone) -> float:
+    """How many times a scene is made larger, so that small ones do not become a handful of patches."""
+    patches = [max(grid.shape_hw) * scale / backbone.patch_size for scale in _SCALES]
+    enough = (scale for scale, count in zip(_SCALES, patches, strict=True) if count >= _MIN_PATCHES)
+    return float(next(enough, _SCALES[-1]))
+
+
+def collect_rows(
     reader: SceneReader, plan: TilePlan, run: RunTiles, *, outputs: int, stride: int
 ) -> tuple[Floats, Mask]:
     """The whole blended output in memory: [K, h, w] and [h, w] at patch resolution."""
@@ -156,7 +173,7 @@ def _collect(
     return values, valid
 
 
-def _feature_at(
+def feature_at(
     reader: SceneReader, plan: TilePlan, features: RunTiles, xy: tuple[float, float], *, stride: int
 ) -> Floats:
     """Feature [D] of the patch that holds a point, with as much context around it as a tile has."""

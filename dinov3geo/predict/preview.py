@@ -18,11 +18,12 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
+from rasterio.windows import Window
 
 from dinov3geo.errors import DataError, GeoreferenceError, RasterError
 from dinov3geo.rasters.bands import RGB, find_bands
 from dinov3geo.rasters.grid import PixelGrid
-from dinov3geo.rasters.reader import SceneInfo, inspect_scene
+from dinov3geo.rasters.reader import SceneInfo, SceneReader, inspect_scene
 
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -88,7 +89,7 @@ def write_preview(scene: str | Path | None, heights: str | Path, png: str | Path
         raise DataError(f"{heights} holds no valid pixel: nothing to show")
     image = None if scene is None else read_overview(scene)
     if image is not None:
-        _check_overlap(image, height_map, Path(str(scene)), Path(heights))
+        check_overlap(image, height_map, Path(str(scene)), Path(heights))
     figure, panels = new_figure(height_map.grid, panels=1 if image is None else 2)
     if image is not None:
         draw_image(panels[0], image, title=Path(str(scene)).name)
@@ -137,6 +138,24 @@ def read_overview(
         values, valid = values[:, ::-1], valid[::-1]
     names = tuple(info.band_names[index - 1] for index in chosen)
     return Overview(values, valid, info.grid, info.dtype, names, model)
+
+
+def read_window(path: Path, window: Window) -> Floats:
+    """A window of a raster in colours, [h, w, 4] between 0 and 1, transparent where it holds no data.
+
+    Numbers that are not of 8 bits are stretched within the window.
+
+    Raises:
+        RasterError: the file cannot be read.
+        GeoreferenceError: it has no usable position.
+    """
+    info = inspect_scene(path)
+    with SceneReader(path, bands=colour_bands(info)) as reader:
+        numbers, valid = reader.read(window)
+    if info.grid.transform.e > 0:
+        numbers, valid = numbers[:, ::-1], valid[::-1]
+    names = ("",) * len(numbers)
+    return to_rgba(Overview(numbers.astype(np.float32), valid, info.grid, info.dtype, names, ""))
 
 
 def new_figure(grid: PixelGrid, *, panels: int) -> tuple[Figure, list[Axes]]:
@@ -297,7 +316,8 @@ def _metres_per_x_unit(grid: PixelGrid) -> float:
     return grid.gsd_m / math.sqrt(x_size * y_size * _ground_aspect(grid))
 
 
-def _check_overlap(image: Overview, heights: Overview, scene: Path, heights_path: Path) -> None:
+def check_overlap(image: Overview, heights: Overview, scene: Path, heights_path: Path) -> None:
+    """Raises `GeoreferenceError` unless an image and a map of it lie on each other."""
     if image.grid.crs != heights.grid.crs:
         raise GeoreferenceError(
             f"scene {scene} is in {image.grid.crs}, heights {heights_path} in {heights.grid.crs}; "

@@ -6,9 +6,10 @@ torch gets as many threads, so the bytes are the same. A range whose worker died
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-import uuid
+import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
@@ -23,6 +24,8 @@ from dinov3geo.predict.stream import Floats, Mask, RunTiles
 
 RANGES_PER_WORKER = 4
 """More and smaller ranges share the work better, but each one runs its first row of tiles once more."""
+
+_starting = threading.Lock()
 
 # Of this worker process: the model it holds, by the name of the work.
 _runners: dict[str, RunTiles] = {}
@@ -48,7 +51,7 @@ def ray_rows(task: TileTask, first: int, stop: int, *, tell: Callable[[int], Non
     gpus = int(resources.get("GPU", 0))
     workers = max(gpus or int(resources.get("CPU", 1)), 1)
     compute = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=-1)(_compute)
-    shared, name = ray.put(task), uuid.uuid4().hex
+    shared, name = ray.put(task), _name(ray, task)
     ranges = deque(split_rows(task, first, stop, RANGES_PER_WORKER * workers))
     waiting: deque[Any] = deque()
     try:
@@ -65,12 +68,19 @@ def ray_rows(task: TileTask, first: int, stop: int, *, tell: Callable[[int], Non
             ray.cancel(reference, force=True)
 
 
+def _name(ray: Any, task: TileTask) -> str:  # noqa: ANN401 (a module that may not be installed)
+    """Of the model and its settings: tasks of several scenes share what a worker holds."""
+    return hashlib.sha256(ray.cloudpickle.dumps(task.make_runner)).hexdigest()
+
+
 def _start() -> Any:  # noqa: ANN401 (a module that may not be installed)
     try:
         import ray
     except ImportError as error:
         raise ConfigError("--engine ray needs Ray; install it: pip install 'dinov3geo[ray]'") from error
-    if not ray.is_initialized():
+    with _starting:
+        if ray.is_initialized():
+            return ray
         try:
             ray.init(
                 address=os.environ.get("RAY_ADDRESS"),

@@ -17,21 +17,22 @@ from numpy.typing import NDArray
 from PIL import Image
 from rasterio import warp
 from rasterio.crs import CRS
-from rasterio.enums import ColorInterp, Resampling
+from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from dinov3geo.errors import ConfigError, GeoreferenceError, RasterError
+from dinov3geo.predict.class_picture import read_classes
 from dinov3geo.predict.preview import HEIGHT_COLOURS, colour_bands, read_overview, round_up
 from dinov3geo.rasters.grid import PixelGrid
+from dinov3geo.rasters.layer import Rgb
 from dinov3geo.rasters.reader import SceneInfo, inspect_scene
 
 Array = NDArray[np.generic]
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Pixels = NDArray[np.uint8]
-Rgb = tuple[int, int, int]
 
 TILE_SIDE = 256
 MAX_ZOOM = 24
@@ -43,7 +44,6 @@ WEB_MERCATOR_LATITUDE = 85.051128
 _WGS84 = CRS.from_epsg(4326)
 _EQUATOR_M = 40_075_016.686
 _LEGEND_STEPS = 9
-_MAX_CLASSES = 64
 _OVERVIEW_SIDE = 512
 _SHARPER = 2
 
@@ -296,7 +296,7 @@ def empty_tile() -> bytes:
 
 def _layers_of(path: Path, dataset: DatasetReader, info: SceneInfo, *, first_key: int) -> list[MapLayer]:
     bands = [k for k, meaning in enumerate(dataset.colorinterp, start=1) if meaning != ColorInterp.alpha]
-    classes = _classes(dataset)
+    classes = read_classes(dataset)
     if classes:
         return [MapLayer(str(first_key), path.name, "classes", path, (1,), info.grid, classes=classes)]
     if len(bands) > 2 and not all(dataset.units[k - 1] for k in bands):
@@ -316,20 +316,6 @@ def _layers_of(path: Path, dataset: DatasetReader, info: SceneInfo, *, first_key
             )
         )  # fmt: skip
     return layers
-
-
-def _classes(dataset: DatasetReader) -> dict[int, tuple[str, Rgb]]:
-    """Classes of a raster with a colour table; those that it names, else those that occur in it."""
-    if dataset.count > 1 or dataset.colorinterp[0] != ColorInterp.palette:
-        return {}
-    table = dataset.colormap(1)
-    named = {int(key[6:]): text for key, text in dataset.tags().items() if key.startswith("CLASS_")}
-    if not named:
-        side = min(max(dataset.shape), _OVERVIEW_SIDE) / max(dataset.shape)
-        shape = tuple(max(1, round(length * side)) for length in dataset.shape)
-        seen = dataset.read(1, out_shape=shape, masked=True, resampling=Resampling.nearest).compressed()
-        named = {int(number): f"class {number}" for number in np.unique(seen)[:_MAX_CLASSES]}
-    return {number: (name, table[number][:3]) for number, name in sorted(named.items()) if number in table}
 
 
 def _class_colours(stored: Array, valid: Mask, classes: Mapping[int, tuple[str, Rgb]]) -> Pixels:

@@ -42,7 +42,7 @@ def test_the_marked_patch_is_the_most_similar_one(
     drawn: list[Overview] = []
     monkeypatch.setattr(pictures, "_draw_similarity", lambda axes, similarity: drawn.append(similarity))
     xy = point_at(scene, row_col[0] + 0.5, row_col[1] + 0.5)
-    show_similarity(scene, tmp_path / "s.png", backbone=backbone, xy=xy, image_scale=1)
+    show_similarity(scene, tmp_path / "s.png", backbone=backbone, points=[xy], image_scale=1)
     (values,) = drawn[0].values
     assert values.shape == (12, 13)
     assert np.unravel_index(values.argmax(), values.shape) == (row_col[0] // 16, row_col[1] // 16)
@@ -53,7 +53,7 @@ def test_similarity_of_the_real_scene_is_a_picture(
     osbs_scene: Path, backbone: VisionTransformer, tmp_path: Path
 ) -> None:
     xy = point_at(osbs_scene, 120, 190)
-    show_similarity(osbs_scene, tmp_path / "s.png", backbone=backbone, xy=xy)
+    show_similarity(osbs_scene, tmp_path / "s.png", backbone=backbone, points=[xy])
     assert (tmp_path / "s.png").stat().st_size > 10_000
 
 
@@ -68,7 +68,7 @@ def test_points_outside_and_on_holes_are_refused(
         (point_at(scene, 30, 10), "holds no data at point"),
     ):
         with pytest.raises(DataError, match=message):
-            show_similarity(scene, tmp_path / "s.png", backbone=backbone, xy=xy)
+            show_similarity(scene, tmp_path / "s.png", backbone=backbone, points=[xy])
     assert not (tmp_path / "s.png").exists()
 
 
