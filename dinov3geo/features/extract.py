@@ -191,7 +191,7 @@ def weights_digest(module: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
 
 
@@ -290,7 +290,8 @@ class FeatureCache:
         """The maps of a key in float16, computed and stored if they are not there yet."""
         maps = self.get(key)
         if maps is None:
-            maps = [m.detach().cpu().half() for m in compute()]
+            # In the layout of a file, so that cached and computed features give the same bits.
+            maps = [m.detach().cpu().half().contiguous() for m in compute()]
             self.put(key, maps)
         return maps
 

@@ -30,9 +30,16 @@ class Standardize(nn.Module):
 
     def fit(self, maps: Sequence[Tensor]) -> None:
         """Takes the statistics of training features, each [D, h, w]."""
-        tokens = torch.cat([m.flatten(1) for m in maps], dim=1).to(self.mean.device, torch.float32)
-        self.mean.copy_(tokens.mean(1))
-        self.deviation.copy_(tokens.std(1, correction=0).clamp(min=1e-4))
+        count = sum(m[0].numel() for m in maps)
+        # Map by map, and around the mean of the first, so that no digits are lost and no copy of all is made.
+        first = maps[0].flatten(1).to(self.mean.device, torch.float32).mean(1)
+        total, squares = torch.zeros_like(first), torch.zeros_like(first)
+        for feature_map in maps:
+            tokens = feature_map.flatten(1).to(self.mean.device, torch.float32) - first[:, None]
+            total, squares = total + tokens.sum(1), squares + tokens.square().sum(1)
+        self.mean.copy_(first + total / count)
+        variance = (squares / count - (total / count) ** 2).clamp(min=0)
+        self.deviation.copy_(variance.sqrt().clamp(min=1e-4))
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """See the class."""

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,6 +23,8 @@ from dinov3geo.heads.progress_file import ProgressFile
 Progress = Callable[[int, int, float], None]
 # A fit that was cut off loses at most the epochs of so many seconds.
 SECONDS_BETWEEN_SAVES = 5.0
+# Features that take up to so much memory in float32 are converted once, not in every epoch.
+_CONVERTED_BYTES = 2**30
 
 
 class FitSettings(BaseModel):
@@ -227,6 +229,7 @@ def fit_head(
     # Dropout draws from the global generator, so that one is seeded too and given back as it was.
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
+        samples = _converted(samples)
         fit = _Fit(head, [samples[i] for i in train], [samples[i] for i in held], objective, settings, drawn)
         return fit.run(progress, None if state_file is None else ProgressFile(state_file))
 
@@ -433,6 +436,16 @@ class _Fit:
                 scorer.update(predicted.float().cpu(), view.target, view.valid)
         self.head.load_state_dict(current)
         return scorer.error()
+
+
+def _converted(samples: Sequence[FitSample]) -> Sequence[FitSample]:
+    """The samples with maps in float32, if those fit into `_CONVERTED_BYTES`."""
+    if sum(4 * m.numel() for s in samples for v in s.views for m in v.maps) > _CONVERTED_BYTES:
+        return samples
+    return [
+        replace(s, views=tuple(replace(v, maps=tuple(m.float() for m in v.maps)) for v in s.views))
+        for s in samples
+    ]
 
 
 def _optimizer(head: Head, settings: FitSettings) -> torch.optim.Optimizer:

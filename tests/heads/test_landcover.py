@@ -12,9 +12,12 @@ from dinov3geo.backbones.card import BackboneCard, Normalization
 from dinov3geo.backbones.vit import VisionTransformer, VitConfig
 from dinov3geo.backbones.zoo import save_backbone
 from dinov3geo.cli import main
+from dinov3geo.config import load_model
+from dinov3geo.data.labels import ClassScheme
 from dinov3geo.errors import ConfigError
+from dinov3geo.evaluation.canopy import CanopyVariants
 from dinov3geo.heads.canopy import load_canopy_model
-from dinov3geo.heads.landcover import load_landcover_model
+from dinov3geo.heads.landcover import LandcoverSettings, load_landcover_model
 
 X, Y = 400_000.0, 3_280_000.0
 CLASSES = """
@@ -188,3 +191,11 @@ def test_a_plan_fits_nothing(command, places, capsys):
     said = capsys.readouterr().out
     assert "kind: linear" in said and "dark (1), middle (2, 3), bright (4); ignored: 0" in said
     assert not (places / "m").exists() and not (places / "cache").exists()
+
+
+def test_every_file_of_classes_and_heads_can_be_read(project_root):
+    for path in (project_root / "configs" / "classes").glob("*.yaml"):
+        assert len(load_model(ClassScheme, path).classes) >= 2
+    for path in (project_root / "configs" / "heads").glob("*.yaml"):
+        kind = CanopyVariants if path.name.startswith("canopy") else LandcoverSettings
+        assert load_model(kind, path)

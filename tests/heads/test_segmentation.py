@@ -54,6 +54,17 @@ def test_every_head_learns_what_the_features_say(kind):
     assert float(torch.stack(right).mean()) > 0.6
 
 
+def test_a_linear_head_is_standardisation_and_a_convolution():
+    samples = [sample(i) for i in range(3)]
+    head = new_head("linear")
+    head.fit_statistics([s.views[0].maps for s in samples])
+    torch.nn.init.normal_(head.score.weight)
+    torch.nn.init.normal_(head.score.bias)
+    maps = [torch.stack(m) for m in zip(*(s.views[0].maps for s in samples), strict=True)]
+    scaled = torch.cat([scale(m) for scale, m in zip(head.standards, maps, strict=True)], dim=1)
+    torch.testing.assert_close(head(maps, (6, 6)), head.score(scaled), atol=1e-5, rtol=1e-5)
+
+
 def test_lbfgs_finds_the_loss_of_scikit_learn():
     """One pixel per patch makes the head logistic regression; C = 1 / (l2 N) on standardised features."""
     samples = [sample(i, grid=(8, 8), patch=1, maps=1) for i in range(4)]
