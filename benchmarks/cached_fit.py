@@ -25,7 +25,8 @@ import torch
 
 from dinov3geo.backbones.variants import VARIANTS, build_network
 from dinov3geo.backbones.zoo import load_backbone, save_backbone
-from dinov3geo.commands.landcover import read_scheme
+from dinov3geo.config import load_model
+from dinov3geo.data.labels import ClassScheme
 from dinov3geo.data.pairs import PairMatch
 from dinov3geo.features.extract import FeatureCache, weights_digest
 from dinov3geo.heads import landcover
@@ -52,7 +53,7 @@ def random_backbone(variant: str, folder: Path) -> Path:
 
 def measure(source: str | Path, kind: str, arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """Both fits of one backbone and head."""
-    scheme = read_scheme(Path(arguments.classes))
+    scheme = load_model(ClassScheme, arguments.classes)
     settings = LandcoverSettings.model_validate(
         {
             "image_scale": arguments.image_scale,
