@@ -73,6 +73,8 @@ def test_verbs():
         "canopy evaluate",
         "classify",
         "classify evaluate",
+        "classify fit",
+        "classify predict",
         "track",
         "benchmark",
         "features",

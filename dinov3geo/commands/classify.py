@@ -15,7 +15,8 @@ from dinov3geo.commands.console import (
     progress_bar,
     warn,
 )
-from dinov3geo.commands.options import Cache, Changes, Device, Seed, command_line
+from dinov3geo.commands.options import Backbone, Cache, Changes, Device, Overwrite, Seed, command_line
+from dinov3geo.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +64,103 @@ Stem = Annotated[
         metavar="mean|zero", help="Kernels of bands that the weights do not know.", show_default=False
     ),
 ]
+
+
+@classify.command("fit")
+def fit(
+    context: typer.Context,
+    folder: ClassFolder,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.", show_default=False)],
+    backbone: Backbone = None,
+    kind: Annotated[str, typer.Option(help="logistic or knn.")] = "logistic",
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours of knn.")] = 20,
+    size: Size = 224,
+    bands: Bands = None,
+    sensor: Sensor = None,
+    stem: Stem = None,
+    changes: Changes = None,
+    cache: Cache = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit a classifier on a frozen backbone to a folder of classes."""
+    from dinov3geo.backbones.device import resolve_device
+    from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
+    from dinov3geo.config import load_model
+    from dinov3geo.evaluation.classification import ClassificationSettings
+    from dinov3geo.evaluation.classifier import fit_classifier
+    from dinov3geo.evaluation.image_sets import class_folders
+    from dinov3geo.rasters.sensors import get_sensor
+
+    if kind not in ("logistic", "knn"):
+        raise ConfigError(f"unknown kind {kind!r}; valid names: logistic, knn")
+    settings = load_model(ClassificationSettings, None, changes or [])
+    wanted = sensor_bands(bands, sensor)
+    name = backbone or DEFAULT_BACKBONE
+    network = load_backbone(
+        name,
+        bands=wanted if sensor is not None else None,
+        sensor=None if sensor is None else get_sensor(sensor),
+        stem=stem,
+    )
+    with progress_bar("fit") as tell:
+        model = fit_classifier(
+            class_folders(folder, bands=wanted),
+            network.to(resolve_device(device)),
+            # A changed stem makes other weights than those of the name.
+            name if sensor is None else "",
+            out,
+            kind="knn" if kind == "knn" else "logistic",
+            size=size,
+            bands=wanted,
+            settings=settings,
+            k=k,
+            cache=vector_cache(cache),
+            overwrite=overwrite,
+            command=command_line(context),
+            progress=lambda stage, done, total: tell(done, total, label=stage),
+        )
+    print_pairs(
+        [
+            ("model", str(out)),
+            ("classes", ", ".join(model.classes)),
+            ("accuracy", f"{model.score:.3f} on images held out while it was chosen; then fitted to all"),
+        ]
+    )
+
+
+@classify.command("predict")
+def predict(
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE|FOLDER...", help="Images, or folders of them.", show_default=False),
+    ],
+    model: Annotated[
+        Path, typer.Option(metavar="DIR", help="Written by `classify fit`.", show_default=False)
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="OUT", help=".csv, or .gpkg with footprints", show_default=False
+        ),
+    ],
+    overwrite: Overwrite = False,
+) -> None:
+    """Classify images into a table, or into a GeoPackage where they are georeferenced."""
+    from dinov3geo.evaluation.classifier import classify_files, load_classifier
+    from dinov3geo.evaluation.image_sets import list_images
+    from dinov3geo.paths import check_target
+
+    files = [file for path in images for file in (list_images(path) if path.is_dir() else [path])]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise ConfigError(f"no such image: {missing[0]}")
+    check_target(output, sources=files, overwrite=overwrite)
+    with progress_bar("classify") as tell:
+        table = classify_files(load_classifier(model), files, output, progress=tell)
+    counts = table["class"].value_counts()
+    print_pairs([("table", str(output)), ("images", str(len(table)))])
+    print_table(["class", "images"], [[str(name), str(count)] for name, count in counts.items()])
 
 
 @classify.command("evaluate")

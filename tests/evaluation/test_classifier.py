@@ -1,0 +1,67 @@
+"""Classifiers from folder to table, saved and loaded."""
+
+import csv
+import json
+
+import geopandas
+import numpy as np
+import pytest
+
+from dinov3geo import cli
+
+
+@pytest.fixture
+def chips(tmp_path, write_raster):
+    """Dark and light georeferenced chips."""
+    generator = np.random.default_rng(0)
+    for k, name in enumerate(("dark", "light")):
+        for number in range(20):
+            pixels = generator.integers(0, 60, (3, 32, 32)) + 160 * k
+            place = (400_000.0 + 10 * number, 3_280_000.0 + 10 * k)
+            write_raster(f"chips/{name}/{name}{number}.tif", array=pixels.astype(np.uint8), origin=place)
+    return tmp_path / "chips"
+
+
+@pytest.mark.parametrize("kind", ["logistic", "knn"])
+def test_fit_and_predict(kind, chips, tmp_path, capsys):
+    model, words = tmp_path / "model", ["--size", "32", "--cache", tmp_path, "--kind", kind]
+    words = ["classify", "fit", chips, "--out", model, *words, "--set", "c_count=4"]
+    assert cli.main([str(w) for w in words]) == 0
+    assert "dark, light" in capsys.readouterr().out
+    assert json.loads((model / "card.json").read_text())["validation_accuracy"] == 1.0
+    for name in ("out.csv", "out.gpkg"):
+        words = ["classify", "predict", chips, "--model", model, "-o", tmp_path / name]
+        assert cli.main([str(w) for w in words]) == 0
+    with (tmp_path / "out.csv").open() as opened:
+        rows = list(csv.DictReader(opened))
+    assert len(rows) == 40
+    assert all(row["class"] in row["file"] and float(row["probability"]) > 0.5 for row in rows)
+    table = geopandas.read_file(tmp_path / "out.gpkg")
+    assert table.crs.to_epsg() == 32617 and list(table["class"]) == [row["class"] for row in rows]
+    assert table.geometry[0].bounds == pytest.approx((400_000, 3_279_996.8, 400_003.2, 3_280_000))
+    assert cli.main([str(w) for w in words]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(chips, tmp_path, capsys, write_raster):
+    def error_of(*words):
+        code = cli.main([str(w) for w in words])
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert code == 2 and len(lines) == 1
+        return lines[0]
+
+    predict = ["classify", "predict", chips, "-o", tmp_path / "o.csv", "--model"]
+    assert "card" in error_of(*predict, tmp_path / "none")
+    fit = ["classify", "fit", chips, "--out", tmp_path / "model", "--size", 32, "--cache", tmp_path]
+    assert "valid names: logistic, knn" in error_of(*fit, "--kind", "forest")
+    assert cli.main([str(w) for w in [*fit, "--set", "c_count=2"]]) == 0
+    capsys.readouterr()
+    assert "exists" in error_of(*fit)
+    assert "no such image" in error_of(
+        "classify", "predict", tmp_path / "x.tif", "--model", tmp_path / "model", "-o", tmp_path / "o.csv"
+    )
+    nowhere = write_raster("n.tif", shape=(3, 32, 32), crs=None)
+    place = ["classify", "predict", nowhere, "--model", tmp_path / "model", "-o"]
+    assert "n.tif" in error_of(*place, tmp_path / "o.gpkg")
+    assert "valid suffixes" in error_of(*place, tmp_path / "o.shp")
+    assert cli.main([str(w) for w in [*place, tmp_path / "o.csv"]]) == 0
