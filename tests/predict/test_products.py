@@ -21,6 +21,9 @@ from dinov3geo.features.extract import extract_feature_maps
 from dinov3geo.heads.canopy import CanopyModel
 from dinov3geo.predict import products
 from dinov3geo.predict.products import predict_canopy, predict_features
+from dinov3geo.predict.runners import canopy_runner
+from dinov3geo.rasters.grid import blend_weights
+from dinov3geo.rasters.reader import inspect_scene
 
 WriteRaster = Callable[..., Path]
 
@@ -532,3 +535,19 @@ def test_bfloat16_is_close_and_unknown_precisions_are_refused(
 def test_unknown_engines_are_refused(write_raster: WriteRaster, model: CanopyModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown engine 'dask'; valid names: local, ray"):
         predict_canopy(write_raster(), tmp_path / "out.tif", model=model, engine="dask")
+
+
+@pytest.mark.slow
+def test_a_scene_of_2048_pixels_equals_a_blend_in_memory(write_raster, model, tmp_path):
+    scene = write_raster(shape=(3, 2048, 2048))
+    predict_canopy(scene, tmp_path / "heights.tif", model=model, tile=512, overlap=128, batch_size=4)
+    with rasterio.open(scene) as source, rasterio.open(tmp_path / "heights.tif") as target:
+        image, heights = source.read(), target.read(1)
+    run, weights = canopy_runner(model), blend_weights((512, 512), 128).astype(np.float64)
+    total, weight = np.zeros((2, 2048, 2048))
+    for window in inspect_scene(scene).grid.tiles(512, 128).windows():
+        place = window.toslices()
+        tile = np.ascontiguousarray(image[:, *place])
+        total[place] += weights * run(tile[None], np.ones((1, 512, 512), dtype=np.bool_))[0, 0]
+        weight[place] += weights
+    np.testing.assert_allclose(heights, total / weight, atol=1e-4)
