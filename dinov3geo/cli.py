@@ -17,6 +17,7 @@ from dinov3geo.commands.console import note
 from dinov3geo.commands.convert import convert
 from dinov3geo.commands.curate import curate
 from dinov3geo.commands.demo import demo
+from dinov3geo.commands.distill import distill
 from dinov3geo.commands.export import export
 from dinov3geo.commands.landcover import landcover
 from dinov3geo.commands.maps import polygons, zonal
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(models)
 app.command()(pretrain)
+app.command()(distill)
 app.command()(stats)
 app.command()(curate)
 app.command()(split)

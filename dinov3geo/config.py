@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dinov3geo.errors import ConfigError, one_line
-from dinov3geo.training.settings import TrainSettings
+from dinov3geo.training.settings import DistillSettings, TrainSettings
 
 type Key = tuple[str | int, ...]
 
@@ -311,3 +311,7 @@ class PretrainConfig(TrainSettings):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
     """Reads the configuration of a pretraining run; see `load_model`."""
     return load_model(PretrainConfig, path, overrides)
+
+
+class DistillConfig(DistillSettings):
+    """A file of `configs/distill`."""

@@ -1,7 +1,11 @@
 """What each of two processes does in test_distributed.py; the name of a task is the first argument."""
 
 import copy
+import os
+import socket
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,11 +14,12 @@ from dinov3geo.backbones.card import Normalization
 from dinov3geo.backbones.variants import build_vit
 from dinov3geo.data.crops import CropBatch, CropMaker, CropSettings, Share
 from dinov3geo.data.masking import MaskSettings
+from dinov3geo.training.distiller import distill
 from dinov3geo.training.distributed import World, open_world, whole
 from dinov3geo.training.optimizer import OptimizerSettings, build_optimizer, clip_per_module, set_rates
 from dinov3geo.training.parallel import ParallelSettings, StudentCall, prepare
 from dinov3geo.training.projection import ProjectionSettings
-from dinov3geo.training.settings import TrainSettings
+from dinov3geo.training.settings import DistillSettings, TrainSettings
 from dinov3geo.training.ssl import GramSettings, LossSettings, SelfSupervisedRecipe
 from dinov3geo.training.trainer import pretrain
 
@@ -127,12 +132,39 @@ def five_steps(world: World) -> None:
     assert float((results["shard"]["student.backbone.cls_token"] - moved).abs().max()) > 1e-4
 
 
+def start(*arguments: str, processes: int = 2) -> list[subprocess.Popen[str]]:
+    """Processes as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+def finish(processes: Sequence[subprocess.Popen[str]]) -> None:
+    answers = [process.communicate(timeout=600)[1] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(answers)[-3000:]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     task = sys.argv[1]
     if task == "pretrain":
         settings = TrainSettings.model_validate_json(Path(sys.argv[2]).read_text())
         pretrain(settings, out=Path(sys.argv[3]), resume=True)
+        return
+    if task == "distill":
+        students = DistillSettings.model_validate_json(Path(sys.argv[2]).read_text())
+        distill(students, out=Path(sys.argv[3]), resume=True)
         return
     with open_world(torch.device("cpu")) as world:
         assert world.size == 2

@@ -15,7 +15,9 @@ from dinov3geo.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from dinov3geo.config import PretrainConfig
+    from dinov3geo.training.loop import RunResult
     from dinov3geo.training.observe import Evaluator
+    from dinov3geo.training.settings import RunSettings
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C. A scheduler's SIGTERM is no failure: the state is saved, the status is 0."""
@@ -63,21 +65,44 @@ def pretrain(
     checked = _settings(config, settings or [], start, stage, anchor)
     folder = out or Path("outputs") / checked.name
     if dry_run:
-        _describe(checked, folder, resume=resume, ranks=ranks)
+        from dinov3geo.training.describe import describe
+
+        print_plan(checked, folder, describe(checked, folder, resume=resume, ranks=ranks or 1))
         return
+    from dinov3geo.training.trainer import pretrain as train
+
+    run_training(checked, folder, train, resume=resume)
+
+
+def run_training(
+    checked: RunSettings,
+    folder: Path,
+    train: Callable[..., RunResult],
+    *,
+    resume: bool,
+    all_evaluate: bool = False,
+) -> None:
+    """Runs a checked configuration to its end, or to a signal, and prints how it ended.
+
+    Args:
+        checked: configuration.
+        folder: output.
+        train: `trainer.pretrain` or `distiller.distill`.
+        resume: go on from the last checkpoint.
+        all_evaluate: processes beside the first may have a network to evaluate.
+    """
     check_folder(folder)
-    from dinov3geo.training import trainer
     from dinov3geo.training.distributed import is_first_process
 
     first = is_first_process()
     with progress_bar(checked.name) if first else _silence() as tell:
-        result = trainer.pretrain(
+        result = train(
             checked,
             out=folder,
             resume=resume,
             progress=tell,
             warn=lambda text: warn([text]),
-            evaluators=_evaluators(checked) if first else None,
+            evaluators=_evaluators(checked) if first or all_evaluate else None,
         )
     if result.stopped_by is not None:
         if first:
@@ -114,12 +139,11 @@ def _settings(
     return load_model(PretrainConfig, None, overrides, values=values)
 
 
-def _describe(checked: PretrainConfig, folder: Path, *, resume: bool, ranks: int | None) -> None:
+def print_plan(checked: RunSettings, folder: Path, lines: Sequence[tuple[str, str]]) -> None:
+    """Prints the whole configuration, and what the run would do."""
     from dinov3geo.config import dump_model
-    from dinov3geo.training.describe import describe
 
     print(dump_model(checked))
-    lines = describe(checked, folder, resume=resume, ranks=ranks or 1)
     print_pairs([*lines, ("output folder", str(folder))])
 
 
@@ -129,7 +153,7 @@ def _silence() -> Iterator[None]:
     yield None
 
 
-def _evaluators(checked: PretrainConfig) -> dict[str, Evaluator]:
+def _evaluators(checked: RunSettings) -> dict[str, Evaluator]:
     """The probes that the configuration asks for, with their data read once and before the first step."""
     watch = checked.watch
     wanted: dict[str, Evaluator] = {}

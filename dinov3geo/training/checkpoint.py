@@ -5,6 +5,8 @@ model.safetensors       student, teacher and anchor
 optimizer.safetensors   AdamW moments by parameter name
 state.json              step, counters and settings of the run
 
+A distillation has these files for each of its students, NAME.model and NAME.optimizer.
+
 Where weights are sharded, `model/` and `optimizer/` hold one safetensors file per process instead, written
 by `torch.distributed.checkpoint`. Either form is read by any number of processes in either layout.
 """
@@ -14,7 +16,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,35 @@ from dinov3geo.backbones.zoo import read_tensors, write_tensors
 from dinov3geo.errors import DataError
 from dinov3geo.training.distributed import World
 from dinov3geo.training.optimizer import optimizer_tensors
-from dinov3geo.training.ssl import SelfSupervisedRecipe
+from dinov3geo.training.recipe import Recipe
 
 FOLDER = "checkpoints"
 MODEL, OPTIMIZER = "model", "optimizer"
 _PREFIX = "step_"
 _STATE = "state.json"
 _UNFINISHED = ".unfinished-"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file, or folder of shards, of a checkpoint.
+
+    Attributes:
+        name: of the file without its ending.
+        tensors: by name, whole or this process's parts.
+        world: the processes that hold them.
+        sharded: every one of them writes its part; otherwise the first writes all.
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+    world: World
+    sharded: bool = False
+
+
+def part_name(kind: str, student: str) -> str:
+    """Name of a student's networks (`MODEL`) or moments (`OPTIMIZER`); a lone student has no name."""
+    return f"{student}.{kind}" if student else kind
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -60,26 +85,22 @@ def locate_checkpoint(path: Path) -> Path:
 
 def save_checkpoint(
     run: Path,
-    recipe: SelfSupervisedRecipe,
-    optimizer: torch.optim.Optimizer,
+    parts: Sequence[Part],
     state: dict[str, Any],
     *,
     keep: int,
     keep_every: int | None = None,
     world: World | None = None,
-    sharded: bool = False,
 ) -> Path:
     """Writes a checkpoint and deletes old ones; called by every process.
 
     Args:
         run: output folder of the run.
-        recipe: networks.
-        optimizer: of the student.
+        parts: what this process has a share in.
         state: JSON-able; must hold `step`, the number of steps made.
         keep: latest checkpoints that stay.
         keep_every: checkpoints whose step is a multiple of this stay for ever.
         world: the processes of the run.
-        sharded: every process writes its part.
 
     Returns:
         The checkpoint's folder.
@@ -95,12 +116,11 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     world.wait()
-    parts = {MODEL: recipe.state_dict(), OPTIMIZER: optimizer_tensors(optimizer)}
-    for name, tensors in parts.items():
-        if sharded:
-            _write_shards(unfinished / name, tensors)
-        elif world.is_first:
-            write_tensors(unfinished / f"{name}.safetensors", _on_cpu(tensors))
+    for part in parts:
+        if part.sharded:
+            _write_shards(unfinished / part.name, part.tensors, part.world)
+        elif part.world.is_first:
+            write_tensors(unfinished / f"{part.name}.safetensors", _on_cpu(part.tensors))
     world.wait()
     if world.is_first:
         _finish(unfinished, final, state)
@@ -132,14 +152,15 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _write_shards(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     folder.mkdir(exist_ok=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     # Scalars (the optimiser's step counts) become vectors: a shard of a file has at least one dimension.
     shaped = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
-    save(shaped, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), no_dist=False)
+    save(shaped, storage_writer=writer, process_group=world.group, no_dist=False)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -148,18 +169,30 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_networks(checkpoint: Path, recipe: SelfSupervisedRecipe, *, with_anchor: bool) -> None:
+def load_networks(
+    checkpoint: Path, recipe: Recipe, world: World, *, with_anchor: bool, student: str = ""
+) -> None:
     """Loads student and teacher, and the anchor if asked; called by every process.
+
+    Args:
+        checkpoint: to read.
+        recipe: to fill.
+        world: the processes that hold it.
+        with_anchor: the anchor too.
+        student: name, where the checkpoint holds several.
 
     Raises:
         DataError: the checkpoint is of another network.
     """
     wanted = {n: t for n, t in recipe.state_dict().items() if with_anchor or not n.startswith("anchor.")}
-    _fill(wanted, checkpoint, MODEL, ignored=() if with_anchor else ("anchor.",))
+    ignored = () if with_anchor else ("anchor.",)
+    _fill(wanted, checkpoint, part_name(MODEL, student), world, ignored=ignored)
 
 
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Loads the optimiser's state; called by every process.
+def load_optimizer(
+    checkpoint: Path, optimizer: torch.optim.Optimizer, world: World, *, student: str = ""
+) -> None:
+    """Loads the optimiser's state; called by every process; arguments as in `load_networks`.
 
     Raises:
         DataError: the checkpoint is of another network.
@@ -171,18 +204,24 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-    _fill(optimizer_tensors(optimizer), checkpoint, OPTIMIZER)
+    _fill(optimizer_tensors(optimizer), checkpoint, part_name(OPTIMIZER, student), world)
 
 
-def read_networks(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
+def read_networks(checkpoint: Path, prefix: str, *, student: str = "") -> dict[str, Tensor]:
     """Tensors of a checkpoint whose names begin with a prefix, without it, whole and on the CPU."""
-    single = checkpoint / f"{MODEL}.safetensors"
-    tensors = read_tensors(single) if single.is_file() else _read_shards(checkpoint / MODEL)
+    name = part_name(MODEL, student)
+    single = checkpoint / f"{name}.safetensors"
+    tensors = read_tensors(single) if single.is_file() else _read_shards(checkpoint / name)
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _fill(
-    wanted: Mapping[str, Tensor], checkpoint: Path, part: str, *, ignored: tuple[str, ...] = ()
+    wanted: Mapping[str, Tensor],
+    checkpoint: Path,
+    part: str,
+    world: World,
+    *,
+    ignored: tuple[str, ...] = (),
 ) -> None:
     """Writes a checkpoint's numbers into tensors, whole or sharded."""
     single = checkpoint / f"{part}.safetensors"
@@ -204,7 +243,7 @@ def _fill(
         )
     with torch.no_grad():
         if tensors is None:
-            _load_shards(wanted, checkpoint / part)
+            _load_shards(wanted, checkpoint / part, world)
         else:
             for name, target in wanted.items():
                 _copy_whole(target, tensors[name])
@@ -230,8 +269,7 @@ def _shard_shapes(folder: Path) -> dict[str, torch.Size]:
     return {name: entry.size for name, entry in found.items()}  # type: ignore[union-attr]
 
 
-def _load_shards(wanted: Mapping[str, Tensor], folder: Path) -> None:
-    from torch import distributed as dist
+def _load_shards(wanted: Mapping[str, Tensor], folder: Path, world: World) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -239,11 +277,12 @@ def _load_shards(wanted: Mapping[str, Tensor], folder: Path) -> None:
     load(
         shaped,
         storage_reader=HuggingFaceStorageReader(str(folder)),
-        no_dist=not dist.is_initialized(),
+        process_group=world.group,
+        no_dist=world.group is None,
     )
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     tensors = {name: torch.empty(shape) for name, shape in _shard_shapes(folder).items()}
-    _load_shards(tensors, folder)
+    _load_shards(tensors, folder, World())
     return tensors

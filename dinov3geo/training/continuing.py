@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from dinov3geo.errors import ConfigError, DataError, one_line
 from dinov3geo.training import checkpoint as checkpoints
-from dinov3geo.training.settings import TrainSettings
+from dinov3geo.training.settings import DistillSettings, RunSettings, TrainSettings
 
 # Keys that may change between the sittings of one run. Device, threads, layout and number of processes change
 # its bits, not its recipe.
@@ -27,13 +27,38 @@ FREE_ON_RESUME = (
 
 
 def settings_of(state: dict[str, Any], source: Path) -> TrainSettings:
-    """The settings that a checkpoint was made with; keys that have come up since take their defaults.
+    """The settings of a pretraining run's checkpoint; see `read_settings`.
 
     Raises:
-        DataError: they are not understood any more.
+        DataError: they are not understood any more, or the checkpoint is of another kind of run.
     """
+    return read_settings(TrainSettings, state, source)
+
+
+def read_settings[Settings: RunSettings](
+    kind: type[Settings], state: dict[str, Any], source: Path
+) -> Settings:
+    """The settings that a checkpoint was made with; keys that have come up since take their defaults.
+
+    Args:
+        kind: of run that is expected.
+        state: of the checkpoint.
+        source: the checkpoint, for messages.
+
+    Raises:
+        DataError: they are not understood any more, or the checkpoint is of another kind of run.
+    """
+    distilled = "students" in state["settings"]
+    if distilled and not issubclass(kind, DistillSettings):
+        names = [student["name"] for student in state["settings"]["students"]]
+        raise DataError(
+            f"{source} is of a distillation; give the weights of one student instead: "
+            f"{source.parent.parent}/NAME with NAME one of {', '.join(names)}"
+        )
+    if not distilled and issubclass(kind, DistillSettings):
+        raise DataError(f"{source} is of a pretraining run; expected the checkpoint of a distillation")
     try:
-        return TrainSettings.model_validate(state["settings"])
+        return kind.model_validate(state["settings"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -44,13 +69,14 @@ def settings_of(state: dict[str, Any], source: Path) -> TrainSettings:
         ) from error
 
 
-def check_same_run(state: dict[str, Any], settings: TrainSettings, source: Path) -> None:
+def check_same_run(state: dict[str, Any], settings: RunSettings, source: Path) -> None:
     """Refuses to go on with another recipe than a run was begun with.
 
     Raises:
         ConfigError: names what differs, and how to allow it.
     """
-    old = settings_of(state, source).model_dump(mode="json")
+    kind = DistillSettings if isinstance(settings, DistillSettings) else TrainSettings
+    old = read_settings(kind, state, source).model_dump(mode="json")
     changed = changed_keys(old, settings.model_dump(mode="json"))
     if changed:
         raise ConfigError(

@@ -7,15 +7,18 @@ from pathlib import Path
 import torch
 
 from dinov3geo.backbones.device import resolve_device
+from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.backbones.zoo import BUNDLED
 from dinov3geo.data.crops import CropSettings
 from dinov3geo.data.indexed import IndexedChips
 from dinov3geo.data.mixture import check_bands, network_bands, open_sources
 from dinov3geo.training.checkpoint import locate_checkpoint
 from dinov3geo.training.continuing import check_out
+from dinov3geo.training.distiller import build_student as build_student_of
+from dinov3geo.training.distiller import load_teacher, student_worlds
 from dinov3geo.training.distributed import World
 from dinov3geo.training.projection import ProjectionHead
-from dinov3geo.training.settings import TrainSettings
+from dinov3geo.training.settings import DistillSettings, RunSettings, TrainSettings
 from dinov3geo.training.setup import build_crop_makers, build_student, load_anchor
 
 # Saved per token, block and channel for the backward pass: two norms, q, k, v, attention output and
@@ -40,20 +43,9 @@ def describe(
         UserError: anything that would stop the run before its first step, except an anchor or a run to start
             from whose path does not exist yet: these are told among the lines.
     """
-    device = resolve_device(settings.device)
-    lines = [("device", str(device)), ("precision", settings.precision)]
-    per_rank = World(0, ranks).images_per_process(settings.batch_size, settings.accumulate)
-    if out is not None:
-        check_out(out, resume=resume)
-    build_crop_makers(settings)
-    datasets = open_sources(settings.data)
-    check_bands(datasets, settings.data)
-    for source, dataset in zip(settings.data.sources, datasets, strict=True):
-        noun = dataset.noun if isinstance(dataset, IndexedChips) else "scenes"
-        lines.append((f"data {source.path}", f"{len(dataset):,} {noun}"))
-    lines.append(("bands", ", ".join(network_bands(settings.data))))
+    patch_size = settings.model.patch_size
+    lines, per_rank = _beginning(settings, out, resume=resume, ranks=ranks, patch_size=patch_size)
     backbone, heads = count_parameters(settings)
-    images = settings.steps * settings.batch_size
     lines += [
         *_other_runs(settings),
         ("backbone", f"{settings.model.variant}, {backbone / 1e6:,.1f} M parameters"),
@@ -68,10 +60,70 @@ def describe(
             "memory per process (estimate)",
             f"{memory_bytes(settings, ranks) / 2**30:,.1f} GiB for weights, optimiser and activations",
         ),
+        *_ending(settings),
+    ]
+    return lines
+
+
+def describe_distillation(
+    settings: DistillSettings, out: Path | None = None, *, resume: bool = False, ranks: int = 1
+) -> list[tuple[str, str]]:
+    """The same of a distillation; arguments and errors as in `describe`, and the teacher must be there."""
+    teacher = load_teacher(settings)
+    patch_size = teacher.backbone.patch_size
+    lines, per_rank = _beginning(settings, out, resume=resume, ranks=ranks, patch_size=patch_size)
+    counts = [student.processes for student in settings.students]
+    if counts[0] is not None:
+        student_worlds(settings, World(0, ranks))
+    what = "scores of its heads" if settings.targets == "prototypes" else "its features"
+    size = _size(teacher) / 1e6
+    lines.append(("teacher", f"{settings.teacher}: {size:,.1f} M parameters; students learn {what}"))
+    for student in settings.students:
+        with torch.device("meta"):
+            backbone = build_student_of(settings, student, patch_size)
+        own = World(0, student.processes or ranks).images_per_process(
+            settings.batch_size, settings.accumulate
+        )
+        often = f"{student.processes or ranks} process(es), {own} images each"
+        lines.append(
+            (
+                f"student {student.name}",
+                f"{student.variant}, {_size(backbone) / 1e6:,.1f} M parameters, stride "
+                f"{backbone.patch_size}; {often}",
+            )
+        )
+    order = "in turn" if counts[0] is None else "at the same time"
+    lines += [
+        ("processes", f"{ranks}; the teacher sees {per_rank} images in each, students learn {order}"),
+        *_ending(settings),
+    ]
+    return lines
+
+
+def _beginning(
+    settings: RunSettings, out: Path | None, *, resume: bool, ranks: int, patch_size: int
+) -> tuple[list[tuple[str, str]], int]:
+    """Lines about device and data, and the images of a step for each process."""
+    lines = [("device", str(resolve_device(settings.device))), ("precision", settings.precision)]
+    per_rank = World(0, ranks).images_per_process(settings.batch_size, settings.accumulate)
+    if out is not None:
+        check_out(out, resume=resume)
+    build_crop_makers(settings, patch_size=patch_size)
+    datasets = open_sources(settings.data)
+    check_bands(datasets, settings.data)
+    for source, dataset in zip(settings.data.sources, datasets, strict=True):
+        noun = dataset.noun if isinstance(dataset, IndexedChips) else "scenes"
+        lines.append((f"data {source.path}", f"{len(dataset):,} {noun}"))
+    lines.append(("bands", ", ".join(network_bands(settings.data))))
+    return lines, per_rank
+
+
+def _ending(settings: RunSettings) -> list[tuple[str, str]]:
+    images = settings.steps * settings.batch_size
+    return [
         ("steps", f"{settings.steps:,} of {settings.batch_size} images = {images:,}"),
         ("learning rate", _rates(settings)),
     ]
-    return lines
 
 
 def _other_runs(settings: TrainSettings) -> list[tuple[str, str]]:
@@ -110,7 +162,7 @@ def _crop_lines(settings: TrainSettings) -> list[tuple[str, str]]:
     return lines
 
 
-def _rates(settings: TrainSettings) -> str:
+def _rates(settings: RunSettings) -> str:
     rate = settings.schedules.lr
     values = [rate.at(step, settings.steps) for step in (0, settings.steps // 2, settings.steps - 1)]
     return ", ".join(f"{value:.3g}" for value in values) + " in the first, middle and last step"
@@ -135,7 +187,8 @@ def tokens_per_image(settings: TrainSettings, crops: CropSettings | None = None)
     """Tokens that the student processes for one image: two global crops and the local ones."""
     crops, patch = crops or settings.crops, settings.model.patch_size
     with torch.device("meta"):
-        prefix = build_student(settings).num_prefix
+        backbone = build_student(settings)
+    prefix = backbone.num_prefix if isinstance(backbone, VisionTransformer) else 0
     per_global = (crops.global_size // patch) ** 2 + prefix
     per_local = (crops.local_size // patch) ** 2 + prefix
     return 2 * per_global + crops.local_count * per_local

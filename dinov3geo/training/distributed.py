@@ -67,6 +67,25 @@ class World:
         dist.all_reduce(summed, group=self.group)
         return summed / self.size
 
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """The tensors of all processes, which must be of one shape."""
+        if self.group is None:
+            return [values]
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.contiguous(), group=self.group)
+        return parts
+
+    def gather_images(self, values: Tensor) -> Tensor:
+        """[b, ...] of every process's images -> [B, ...] in the order of the step."""
+        return torch.stack(self.gather(values), 1).flatten(0, 1)
+
+    def gather_rows(self, values: Tensor) -> Tensor:
+        """[m, ...] of every process, m its own -> [W, M, ...], filled up with zeros to the largest m."""
+        most = int(self.largest(torch.tensor(len(values), device=values.device)))
+        padded = values.new_zeros(most, *values.shape[1:])
+        padded[: len(values)] = values
+        return torch.stack(self.gather(padded))
+
     def largest(self, values: Tensor) -> Tensor:
         """Elementwise maximum over the processes."""
         if self.group is None:

@@ -15,7 +15,7 @@ from dinov3geo.backbones.card import Normalization
 from dinov3geo.backbones.store import write_tensors, write_text
 from dinov3geo.training.journal import Clock, Journal, memory_gib
 from dinov3geo.training.pictures import normalise, pca_grid, save_picture
-from dinov3geo.training.settings import TrainSettings
+from dinov3geo.training.settings import RunSettings
 from dinov3geo.training.ssl import Targets
 from dinov3geo.training.watch import CollapseWatch, feature_statistics, target_statistics
 
@@ -43,7 +43,7 @@ class Listeners:
 class Observer:
     """Writes down and reports; changes nothing in the run."""
 
-    def __init__(self, settings: TrainSettings, out: Path, listeners: Listeners, *, writes: bool) -> None:
+    def __init__(self, settings: RunSettings, out: Path, listeners: Listeners, *, writes: bool) -> None:
         """Keeps what is needed.
 
         Args:
@@ -65,12 +65,11 @@ class Observer:
 
     def statistics(self, targets: Targets) -> dict[str, Tensor]:
         """Of this process's images; see `watch`."""
-        assert targets.seen is not None
         numbers = target_statistics(targets.cls.flatten(0, 1))
         if len(targets.patches):
             own = target_statistics(targets.patches)
             numbers |= {f"patch_{name}": value for name, value in own.items()}
-        return numbers | feature_statistics(targets.seen)
+        return numbers if targets.seen is None else numbers | feature_statistics(targets.seen)
 
     def log(
         self, journal: Journal, step: int, values: dict[str, Tensor], clock: Clock, *, skipped: int
@@ -78,7 +77,7 @@ class Observer:
         """Writes a line, warns if need be, and returns the numbers."""
         metrics = {name: float(value) for name, value in values.items()}
         rates = clock.rates(self.settings.batch_size)
-        rates["memory_gib"] = memory_gib(values["loss"].device)
+        rates["memory_gib"] = memory_gib(next(iter(values.values())).device)
         lr = self.settings.schedules.lr.at(step - 1, self.settings.steps)
         counted = {"skipped": float(skipped)} if skipped else {}
         journal.write(step, {"lr": lr, **metrics, **rates, **counted})
@@ -105,6 +104,8 @@ class Observer:
         backbone: Backbone,
         chips: Callable[[int], dict[str, Tensor]],
         normalization: Normalization,
+        *,
+        name: str = "",
     ) -> None:
         """A PNG of the same chips every time.
 
@@ -114,14 +115,16 @@ class Observer:
             backbone: of the teacher.
             chips: gives the first so many chips of the run; asked once.
             normalization: of the run.
+            name: of the learner.
         """
         device = next(backbone.parameters()).device
         if self._fixed is None:
             batch = chips(self.settings.watch.pictures)
             self._fixed = normalise(batch["image"].to(device), batch["valid"].to(device), normalization)
         pixels = pca_grid(backbone, self._fixed)
-        save_picture(self.out / PICTURES / f"step_{step:08d}.png", pixels)
-        journal.picture(step, "patches", pixels)
+        stem = f"{name}_step" if name else "step"
+        save_picture(self.out / PICTURES / f"{stem}_{step:08d}.png", pixels)
+        journal.picture(step, f"{name}/patches" if name else "patches", pixels)
 
     def keep_broken_batch(
         self, step: int, rank: int, batch: dict[str, Tensor], values: dict[str, Tensor], sources: list[str]

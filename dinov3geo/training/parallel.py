@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 from dinov3geo.backbones.convnext import ConvNext
 from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.training.distributed import World
-from dinov3geo.training.ssl import SelfSupervisedRecipe
+from dinov3geo.training.recipe import Recipe
 
 # One graph per crop size, with and without gradients; several sizes come with a mixture of resolutions.
 _MAX_GRAPHS = 64
@@ -45,9 +45,7 @@ class ParallelSettings(BaseModel):
     compile: bool = Field(False, description="compile every transformer block")
 
 
-def prepare(
-    recipe: SelfSupervisedRecipe, settings: ParallelSettings, world: World, *, precision: str
-) -> StudentCall:
+def prepare(recipe: Recipe, settings: ParallelSettings, world: World, *, precision: str) -> StudentCall:
     """Lays a recipe out over memory and processes.
 
     Args:
@@ -59,15 +57,12 @@ def prepare(
     Returns:
         What to call in place of the recipe's own student pass.
     """
-    backbones = [recipe.student["backbone"], recipe.teacher["backbone"], recipe.anchor]
     if settings.recompute != "none":
         for block in _blocks(recipe.student["backbone"]):
             _recompute(block, selective=settings.recompute == "selective")
     if settings.compile:
-        torch._dynamo.config.recompile_limit = _MAX_GRAPHS
-        for backbone in backbones:
-            for block in _blocks(backbone):
-                block.forward = torch.compile(block.forward, dynamic=False)
+        for backbone in (recipe.student["backbone"], recipe.teacher["backbone"], recipe.anchor):
+            _compile(backbone)
     if world.group is None:
         return StudentCall(recipe.student_pass)
     if settings.layout == "shard":
@@ -78,6 +73,25 @@ def prepare(
         recipe.student_pass, process_group=world.group, gradient_as_bucket_view=True
     )
     return StudentCall(replicated)
+
+
+def prepare_frozen(
+    modules: Sequence[nn.Module], settings: ParallelSettings, world: World, *, precision: str
+) -> None:
+    """Lays networks that never learn out over memory and processes, in place; see `prepare`."""
+    if settings.compile:
+        for module in modules:
+            _compile(module)
+    if world.group is not None and settings.layout == "shard":
+        shard = _sharding(modules[0], world, precision)
+        for module in modules:
+            _shard_module(module, shard, at_once=True)
+
+
+def _compile(backbone: nn.Module | None) -> None:
+    torch._dynamo.config.recompile_limit = _MAX_GRAPHS
+    for block in _blocks(backbone):
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 class StudentCall:
@@ -144,23 +158,27 @@ def _policy(_context: object, operator: object, *_arguments: object, **_options:
     return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _shard_all(recipe: SelfSupervisedRecipe, world: World, precision: str) -> None:
+def _sharding(module: nn.Module, world: World, precision: str) -> Callable[..., Any]:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     assert world.group is not None
     # Features are views of the normed tokens; nothing is written into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    device = next(recipe.parameters()).device.type
+    device = next(module.parameters()).device.type
     mesh = DeviceMesh.from_group(world.group, device)
     low = torch.bfloat16 if precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
-    shard: Callable[..., Any] = functools.partial(fully_shard, mesh=mesh, mp_policy=policy)
-    for frozen in (recipe.teacher["backbone"], recipe.teacher["dino_head"], recipe.teacher["ibot_head"]):
+    return functools.partial(fully_shard, mesh=mesh, mp_policy=policy)
+
+
+def _shard_all(recipe: Recipe, world: World, precision: str) -> None:
+    shard = _sharding(recipe, world, precision)
+    for frozen in recipe.teacher.children():
         _shard_module(frozen, shard, at_once=True)
     if recipe.anchor is not None:
         _shard_module(recipe.anchor, shard, at_once=True)
-    for trained in (recipe.student["backbone"], recipe.student["dino_head"], recipe.student["ibot_head"]):
+    for trained in recipe.student.children():
         _shard_module(trained, shard, at_once=None)
     shard(recipe.student_pass)
 

@@ -43,5 +43,9 @@ class ProjectionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., K]."""
-        output: Tensor = self.prototypes(F.normalize(self.mlp(x), dim=-1, eps=1e-12))
+        output: Tensor = self.prototypes(self.bottleneck(x))
         return output
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., bottleneck], unit vectors."""
+        return F.normalize(self.mlp(x), dim=-1, eps=1e-12)

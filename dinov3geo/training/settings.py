@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -88,8 +88,8 @@ class WatchSettings(BaseModel):
     pictures: int = Field(8, gt=0, description="images in a picture")
 
 
-class TrainSettings(BaseModel):
-    """A pretraining run. A stage (gram, high resolution) is another set of these numbers."""
+class RunSettings(BaseModel):
+    """What every kind of run has: data, crops, losses, steps and files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -115,12 +115,10 @@ class TrainSettings(BaseModel):
     resolutions: tuple[ResolutionSettings, ...] = Field(
         (), description="crop sizes drawn anew for every step, in place of those of crops"
     )
-    model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     crops: CropSettings = CropSettings()
     masks: MaskSettings = MaskSettings()
     losses: LossSettings = LossSettings()
-    gram: GramSettings = GramSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedules: ScheduleSettings = ScheduleSettings()
     parallel: ParallelSettings = ParallelSettings()
@@ -129,7 +127,7 @@ class TrainSettings(BaseModel):
     export: ExportSettings = ExportSettings()
 
     @model_validator(mode="after")
-    def _belong_together(self) -> TrainSettings:
+    def _belong_together(self) -> Self:
         if self.keep_count and self.start_from is None:
             raise ValueError("keep_count goes on from start_from, which is not set")
         return self
@@ -144,3 +142,56 @@ class TrainSettings(BaseModel):
             (self.crops.model_copy(update=choice.model_dump(include=sizes)), choice.probability / total)
             for choice in self.resolutions
         ]
+
+
+class TrainSettings(RunSettings):
+    """A pretraining run. A stage (gram, high resolution) is another set of these numbers."""
+
+    model: ModelSettings = ModelSettings()
+    gram: GramSettings = GramSettings()
+
+
+class StudentSettings(BaseModel):
+    """One of the networks that are taught at once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
+        description="of its folder of weights, and before its numbers in metrics.jsonl",
+    )
+    variant: str = Field(description="a name from `dinov3geo models`")
+    patch_size: int | None = Field(
+        None, gt=0, description="the teacher's if absent; a ConvNeXt has a stride of its own"
+    )
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    layer_scale: float | None = Field(None, gt=0, description="the variant's own if absent")
+    lr_factor: float = Field(1.0, gt=0, description="of schedules.lr, for this student")
+    processes: int | None = Field(
+        None, gt=0, description="that train this student alone; absent: all processes train all in turn"
+    )
+
+
+class DistillSettings(RunSettings):
+    """One frozen teacher, several students."""
+
+    teacher: Path = Field(description="run folder or checkpoint with its heads, or weights without heads")
+    targets: Literal["prototypes", "features"] = Field(
+        "prototypes",
+        description="what the students learn: the scores of the teacher's heads, or its features where "
+        "weights came without heads",
+    )
+    students: tuple[StudentSettings, ...] = Field(min_length=1)
+    gram_weight: Schedule = Field(
+        Schedule(peak=0.0), description="holds the similarities of patches to the teacher's"
+    )
+
+    @model_validator(mode="after")
+    def _students_differ(self) -> Self:
+        names = [student.name for student in self.students]
+        if len(set(names)) < len(names):
+            raise ValueError(f"every student needs a name of its own, got {', '.join(names)}")
+        counted = [student.processes is not None for student in self.students]
+        if any(counted) and not all(counted):
+            raise ValueError("give students.processes for every student, or for none")
+        return self

@@ -9,7 +9,8 @@ from torch import distributed as dist
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import Normalization
-from dinov3geo.backbones.variants import build_vit
+from dinov3geo.backbones.convnext import ConvNextConfig
+from dinov3geo.backbones.variants import VARIANTS, build_backbone
 from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.backbones.zoo import check_complete, load_backbone
 from dinov3geo.data.crops import CropMaker
@@ -18,11 +19,11 @@ from dinov3geo.errors import ConfigError
 from dinov3geo.rasters.sensors import get_sensor
 from dinov3geo.training.checkpoint import is_checkpoint, read_networks, read_state
 from dinov3geo.training.continuing import settings_of
-from dinov3geo.training.settings import TrainSettings
+from dinov3geo.training.settings import RunSettings, TrainSettings
 from dinov3geo.training.ssl import SelfSupervisedRecipe
 
 
-def run_normalization(settings: TrainSettings) -> Normalization:
+def run_normalization(settings: RunSettings) -> Normalization:
     """Bands and statistics of the network's input, from the sensor table."""
     bands = get_sensor(settings.data.sensor).select(settings.data.bands)
     return Normalization(
@@ -34,8 +35,12 @@ def run_normalization(settings: TrainSettings) -> Normalization:
     )
 
 
-def build_crop_makers(settings: TrainSettings) -> list[tuple[CropMaker, float]]:
+def build_crop_makers(settings: RunSettings, *, patch_size: int) -> list[tuple[CropMaker, float]]:
     """What turns the run's chips into crops: one for each choice of sizes, with its share of the steps.
+
+    Args:
+        settings: of the run.
+        patch_size: of the teacher, pixels.
 
     Raises:
         ConfigError: a crop size does not fit the patch size.
@@ -47,7 +52,7 @@ def build_crop_makers(settings: TrainSettings) -> list[tuple[CropMaker, float]]:
                     crops,
                     settings.masks,
                     run_normalization(settings),
-                    patch_size=settings.model.patch_size,
+                    patch_size=patch_size,
                     nadir=get_sensor(settings.data.sensor).nadir,
                 ),
                 share,
@@ -58,14 +63,32 @@ def build_crop_makers(settings: TrainSettings) -> list[tuple[CropMaker, float]]:
         raise ConfigError(str(error)) from error
 
 
-def build_student(settings: TrainSettings) -> VisionTransformer:
-    """The network that is trained, with its initial weights."""
-    return build_vit(
-        settings.model.variant,
+def build_student(settings: TrainSettings) -> Backbone:
+    """The network that is trained, with its initial weights.
+
+    Raises:
+        ConfigError: a ConvNeXt, with settings that only a vision transformer can follow.
+        UnknownNameError: no such variant.
+    """
+    model = settings.model
+    config = VARIANTS.get(model.variant)
+    if isinstance(config, ConvNextConfig):
+        if model.patch_size != config.stride:
+            raise ConfigError(
+                f"{model.variant} has a stride of {config.stride}, not {model.patch_size}; set "
+                f"model.patch_size to {config.stride}"
+            )
+        if settings.masks.probability > 0:
+            raise ConfigError(
+                f"{model.variant} cannot see masked patches; set masks.probability to 0, which leaves DINO "
+                "and KoLeo, or distil it from a vision transformer (configs/distill)"
+            )
+    return build_backbone(
+        model.variant,
         in_channels=len(network_bands(settings.data)),
-        patch_size=settings.model.patch_size,
-        drop_path=settings.model.drop_path,
-        layer_scale=settings.model.layer_scale,
+        patch_size=model.patch_size,
+        drop_path=model.drop_path,
+        layer_scale=model.layer_scale,
     )
 
 
@@ -86,7 +109,7 @@ def build_recipe(settings: TrainSettings, *, group: dist.ProcessGroup | None = N
     return SelfSupervisedRecipe(backbone, settings.losses, settings.gram, anchor=anchor, group=group)
 
 
-def load_anchor(settings: TrainSettings, backbone: VisionTransformer) -> VisionTransformer | None:
+def load_anchor(settings: TrainSettings, backbone: Backbone) -> VisionTransformer | None:
     """The frozen backbone of Gram anchoring, or None if the run has none of its own.
 
     Raises:
@@ -101,7 +124,9 @@ def load_anchor(settings: TrainSettings, backbone: VisionTransformer) -> VisionT
     if gram.anchor is None:
         _refuse_gram_without_anchor(settings)
         return None
-    anchor = _checkpoint_teacher(gram.anchor) if is_checkpoint(gram.anchor) else load_backbone(gram.anchor)
+    anchor = (
+        load_teacher_backbone(gram.anchor)[0] if is_checkpoint(gram.anchor) else load_backbone(gram.anchor)
+    )
     if not isinstance(anchor, VisionTransformer):
         raise ConfigError(
             f"gram.anchor {gram.anchor} is no vision transformer; its patches have another grid"
@@ -135,13 +160,18 @@ def _refuse_gram_without_anchor(settings: TrainSettings) -> None:
         )
 
 
-def _checkpoint_teacher(path: Path) -> Backbone:
-    """The EMA teacher's backbone of a checkpoint."""
-    backbone = build_student(settings_of(read_state(path), path))
+def load_teacher_backbone(path: Path) -> tuple[Backbone, Normalization]:
+    """The EMA teacher's backbone of a pretraining run's checkpoint, and what it was trained with.
+
+    Raises:
+        DataError: the checkpoint is of another kind of run, or not whole.
+    """
+    settings = settings_of(read_state(path), path)
+    backbone = build_student(settings)
     tensors = read_networks(path, "teacher.backbone.")
     check_complete(backbone.state_dict(), tensors, source=path)
     backbone.load_state_dict(tensors)
-    return backbone.eval().requires_grad_(False)
+    return backbone.eval().requires_grad_(False), run_normalization(settings)
 
 
 def _identity(path: Path, backbone: Backbone) -> tuple[str, Normalization]:

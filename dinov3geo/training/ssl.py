@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.features import Features
 from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.data.crops import CropBatch
@@ -22,6 +22,7 @@ from dinov3geo.losses.koleo import koleo_loss
 from dinov3geo.losses.sinkhorn import sinkhorn_knopp
 from dinov3geo.training.distributed import local_parts
 from dinov3geo.training.projection import ProjectionHead, ProjectionSettings
+from dinov3geo.training.recipe import Recipe, masked_order, put_in_order
 from dinov3geo.training.schedules import Schedule
 
 
@@ -125,12 +126,13 @@ class StudentPass(nn.Module):
     def forward(self, batch: CropBatch, targets: Targets) -> dict[str, Tensor]:
         """Unweighted loss terms."""
         views, images = batch.global_crops.shape[:2]
-        seen: Features = self.student["backbone"](batch.global_crops.flatten(0, 1), batch.patch_masks)
+        backbone = self.student["backbone"]
+        masked = isinstance(backbone, VisionTransformer)  # others take no masks, and there are none
+        seen: Features = backbone(batch.global_crops.flatten(0, 1), *([batch.patch_masks] if masked else []))
         class_tokens = [seen.cls]
         num_locals = batch.local_crops.shape[0]
         if num_locals:
-            local: Features = self.student["backbone"](batch.local_crops.flatten(0, 1), local_crops=True)
-            class_tokens.append(local.cls)
+            class_tokens.append(local_class_tokens(backbone, batch))
         logits = self.student["dino_head"](torch.cat(class_tokens)).unflatten(0, (views + num_locals, images))
         temperature = self.settings.student_temperature
         terms = {
@@ -148,7 +150,7 @@ class StudentPass(nn.Module):
         if num_locals:
             terms["dino_local"] = dino_loss(logits[views:], targets.cls, student_temperature=temperature)
         if self.settings.koleo_weight > 0:
-            terms["koleo"] = self._koleo(seen.cls, views)
+            terms["koleo"] = koleo_of_views(seen.cls, views, self.settings, self.group)
         if targets.anchor is not None:
             terms["gram"] = gram_loss(
                 seen.patches,
@@ -159,31 +161,48 @@ class StudentPass(nn.Module):
             )
         return terms
 
-    def _koleo(self, class_tokens: Tensor, views: int) -> Tensor:
-        """Summed over the global crops; averaged over the groups, if neighbours are sought within such."""
-        size = self.settings.koleo_group
-        total = class_tokens.new_zeros(())
-        for view in class_tokens.chunk(views):
-            if size is None or size >= len(view):
-                total = total + koleo_loss(view, group=self.group if size is None else None)
-            else:
-                groups = view.tensor_split(len(view) // size)
-                total = total + torch.stack([koleo_loss(part) for part in groups]).mean()
-        return total
+
+def local_class_tokens(backbone: nn.Module, batch: CropBatch) -> Tensor:
+    """Class tokens of the local crops, [L * B, D]."""
+    options = {"local_crops": True} if isinstance(backbone, VisionTransformer) else {}
+    seen: Features = backbone(batch.local_crops.flatten(0, 1), **options)
+    return seen.cls
 
 
-class SelfSupervisedRecipe(nn.Module):
-    """DINO, iBOT, KoLeo and Gram anchoring on one student and its EMA teacher.
+def koleo_of_views(
+    class_tokens: Tensor, views: int, settings: LossSettings, group: dist.ProcessGroup | None
+) -> Tensor:
+    """KoLeo summed over the global crops.
 
-    Attributes:
-        student: `backbone`, `dino_head`, `ibot_head`.
-        teacher: the same, moved by `after_step`, never by gradients.
-        anchor: frozen backbone of Gram anchoring, or None.
+    Averaged over the groups of images, if neighbours are sought within such.
     """
+    size = settings.koleo_group
+    total = class_tokens.new_zeros(())
+    for view in class_tokens.chunk(views):
+        if size is None or size >= len(view):
+            total = total + koleo_loss(view, group=group if size is None else None)
+        else:
+            groups = view.tensor_split(len(view) // size)
+            total = total + torch.stack([koleo_loss(part) for part in groups]).mean()
+    return total
+
+
+def share_of_pairs(settings: LossSettings, step: int, total_steps: int, num_locals: int) -> dict[str, float]:
+    """The DINO weight, shared out by the number of crop pairs: V (V - 1) global, V L local."""
+    global_pairs, local_pairs = 2, 2 * num_locals
+    share = settings.dino_weight / (global_pairs + local_pairs)
+    return {
+        "dino_global": share * global_pairs,
+        "dino_local": share * local_pairs * settings.dino_local_weight.at(step, total_steps),
+    }
+
+
+class SelfSupervisedRecipe(Recipe):
+    """DINO, iBOT, KoLeo and Gram anchoring on one student and its EMA teacher."""
 
     def __init__(
         self,
-        backbone: VisionTransformer,
+        backbone: Backbone,
         losses: LossSettings,
         gram: GramSettings,
         *,
@@ -199,20 +218,14 @@ class SelfSupervisedRecipe(nn.Module):
             anchor: the frozen backbone, required if gram anchoring is on with a network of its own.
             group: processes that share Sinkhorn-Knopp and KoLeo.
         """
-        super().__init__()
+        heads: dict[str, nn.Module] = {
+            "dino_head": ProjectionHead(backbone.embed_dim, losses.dino_head),
+            "ibot_head": ProjectionHead(backbone.embed_dim, losses.ibot_head),
+        }
+        super().__init__(backbone, heads, anchor=anchor)
         self.settings = losses
         self.gram = gram
         self.group = group
-        self.student = nn.ModuleDict(
-            {
-                "backbone": backbone,
-                "dino_head": ProjectionHead(backbone.embed_dim, losses.dino_head),
-                "ibot_head": ProjectionHead(backbone.embed_dim, losses.ibot_head),
-            }
-        )
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.anchor = None if anchor is None else anchor.requires_grad_(False).eval()
-        self.num_refreshes = 0
         # In a tuple, so that its parameters are not registered a second time.
         self._passes = (StudentPass(self.student, losses, gram_per_image=gram.per_image, group=group),)
 
@@ -220,11 +233,6 @@ class SelfSupervisedRecipe(nn.Module):
     def student_pass(self) -> StudentPass:
         """The student's forward pass and losses."""
         return self._passes[0]
-
-    def train(self, mode: bool = True) -> SelfSupervisedRecipe:
-        """Only the student ever trains: teachers see no dropped paths and no rescaled positions."""
-        self.student.train(mode)
-        return self
 
     def losses(self, batch: CropBatch, *, teacher_temperature: float) -> dict[str, Tensor]:
         """Unweighted loss terms.
@@ -243,15 +251,9 @@ class SelfSupervisedRecipe(nn.Module):
         return terms
 
     def weights(self, step: int, total_steps: int, *, num_locals: int) -> dict[str, float]:
-        """Factor of each term in the total.
-
-        The DINO weight is shared out by the number of crop pairs: V (V - 1) global, V L local.
-        """
-        global_pairs, local_pairs = 2, 2 * num_locals
-        share = self.settings.dino_weight / (global_pairs + local_pairs)
+        """Factor of each term in the total."""
         return {
-            "dino_global": share * global_pairs,
-            "dino_local": share * local_pairs * self.settings.dino_local_weight.at(step, total_steps),
+            **share_of_pairs(self.settings, step, total_steps, num_locals),
             "ibot": self.settings.ibot_weight,
             "koleo": self.settings.koleo_weight,
             "gram": self.gram.weight.at(step, total_steps),
@@ -272,8 +274,7 @@ class SelfSupervisedRecipe(nn.Module):
         """
         views, images = batch.global_crops.shape[:2]
         masks = batch.patch_masks.unflatten(0, (views, images))
-        order = torch.zeros_like(masks, dtype=torch.long)
-        order[masks] = torch.arange(int(masks.sum()), device=masks.device)
+        order = masked_order(batch)
         logits, patch_logits, places, kept = [], [], [], []
         first: Features | None = None
         anchored = anchored and (self.anchor is not None or self.gram.from_teacher)
@@ -287,9 +288,7 @@ class SelfSupervisedRecipe(nn.Module):
             places.append(order[:, rows].flatten(0, 1)[own_masks])
             if anchored:
                 kept.append(self._anchor_patches(batch, rows, features).unflatten(0, (views, -1)))
-        # Parts hold all views of some images: put the patches back into the order of the whole batch.
-        patches = torch.empty_like(joined := torch.cat(patch_logits))
-        patches[torch.cat(places)] = joined
+        patches = put_in_order(patch_logits, places)
         cls = sinkhorn_knopp(torch.cat(logits, 1).flatten(0, 1), teacher_temperature, group=self.group)
         return Targets(
             cls.unflatten(0, (views, images)),
@@ -310,13 +309,8 @@ class SelfSupervisedRecipe(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step: int, *, momentum: float) -> None:
-        """Moves the teacher towards the student and renews the anchor when it is due.
-
-        Args:
-            step: the step just made, from 0.
-            momentum: share of the teacher that stays.
-        """
-        torch._foreach_lerp_(local_parts(self.teacher), local_parts(self.student), 1 - momentum)
+        """Moves the teacher towards the student and renews the anchor when it is due; see `Recipe`."""
+        super().after_step(step, momentum=momentum)
         every, limit = self.gram.refresh_every, self.gram.max_refreshes
         made = step + 1
         if self.anchor is None or every is None or made % every or made < self.gram.first_refresh:

@@ -1,19 +1,15 @@
 """Two processes on Gloo against one."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from two_processes import crops, finish, start
 
 from dinov3geo.backbones.store import read_tensors
 from dinov3geo.errors import ConfigError
@@ -21,31 +17,6 @@ from dinov3geo.training.checkpoint import list_checkpoints, read_networks, read_
 from dinov3geo.training.distributed import World
 from dinov3geo.training.settings import TrainSettings
 from dinov3geo.training.trainer import pretrain
-
-WORKER = Path(__file__).parents[1] / "two_processes.py"
-ROOT = str(WORKER.parents[1])
-
-
-def start(*arguments: str) -> list[subprocess.Popen[str]]:
-    """Two processes as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": ROOT}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), *arguments],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-
-
-def finish(processes: Sequence[subprocess.Popen[str]]) -> None:
-    answers = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(answers)[-3000:]
 
 
 def test_losses_and_gradients_equal_those_of_one_process() -> None:
@@ -126,14 +97,9 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 
 
 def test_all_images_of_a_step_are_those_of_one_process(settings: TrainSettings) -> None:
-    sys.path.insert(0, str(WORKER.parent))
-    try:
-        import two_processes as worker
-    finally:
-        sys.path.pop(0)
-    together = worker.crops(5)
+    together = crops(5)
     for rank in range(2):
-        own = worker.crops(5, World(rank, 2).share)
+        own = crops(5, World(rank, 2).share)
         assert torch.equal(own.global_crops, together.global_crops[:, rank::2])
         assert torch.equal(own.local_crops, together.local_crops[:, rank::2])
         assert own.gram_crops is not None and together.gram_crops is not None

@@ -17,8 +17,9 @@ from dinov3geo.backbones.zoo import load_backbone, read_tensors
 from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.training.checkpoint import list_checkpoints
 from dinov3geo.training.describe import describe
+from dinov3geo.training.learner import step_seed
 from dinov3geo.training.settings import TrainSettings
-from dinov3geo.training.trainer import pretrain, step_seed
+from dinov3geo.training.trainer import pretrain
 
 HEAD = {"hidden": 32, "bottleneck": 16, "prototypes": 32}
 
