@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -78,31 +79,35 @@ class ImageFolder(IndexedChips):
             DataError: the file is damaged or no image.
         """
         path = self.files[index]
-        image = torch.from_numpy(_fit(decode_image(path), self._chip_size)).permute(2, 0, 1)
+        image = torch.from_numpy(fit_image(decode_image(path), self._chip_size)).permute(2, 0, 1)
         sample = {"image": image, "valid": torch.ones(image.shape[1:], dtype=torch.bool)}
         if self._labels:
             sample["label"] = torch.tensor(self._class_indexes[path.parent.name])
         return sample
 
 
-def decode_image(path: Path) -> Image.Image:
-    """The image of a file, upright in 8-bit RGB.
+def decode_image(source: Path | IO[bytes], name: str | None = None) -> Image.Image:
+    """The image upright in 8-bit RGB.
+
+    Args:
+        source: file, or its bytes.
+        name: for messages; the path if None.
 
     Raises:
-        DataError: the file is damaged or no image.
+        DataError: it is damaged or no image.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(source) as opened:
             upright = ImageOps.exif_transpose(opened)
             if upright.mode.startswith("I"):
                 # Pillow clips 16-bit numbers instead of scaling them.
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             return upright.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{path} cannot be decoded as JPEG or PNG: {error}") from error
+        raise DataError(f"{name or source} cannot be decoded as JPEG or PNG: {error}") from error
 
 
-def _fit(image: Image.Image, size: int) -> NDArray[np.uint8]:
+def fit_image(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """Resizes the shorter side to `size` and cuts the longer one about the centre, [S, S, 3]."""
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)

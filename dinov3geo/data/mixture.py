@@ -22,6 +22,7 @@ from dinov3geo.data.indexed import IndexedChips, Order
 from dinov3geo.data.ranges import Probability
 from dinov3geo.data.sampling import ChipSampler, SuperblockSampler
 from dinov3geo.data.scenes import SceneDataset
+from dinov3geo.data.shards import Shards
 from dinov3geo.errors import ConfigError, DataError, UserError
 from dinov3geo.rasters.lists import gdal_address
 from dinov3geo.rasters.sensors import Sensor, get_sensor
@@ -30,16 +31,18 @@ _CHOICES_AT_ONCE = 4096
 # Chips of scenes drawn for one that is used, where nodata is frequent; an image is always used.
 _KEYS_PER_SCENE_CHIP = 4
 # Keeps the choice of sources apart from the samplers' own randomness.
-_MIXING = 1
+_MIXING, _STEPS = 1, 2
 
 
 class SourceSettings(BaseModel):
-    """One folder, glob or file of scenes or images."""
+    """One folder, glob or file of scenes, images or shards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str = Field(".", description="relative to data.root")
-    kind: Literal["scenes", "images"] = Field("scenes", description="GeoTIFFs, or JPEG and PNG files")
+    kind: Literal["scenes", "images", "shards"] = Field(
+        "scenes", description="GeoTIFFs, JPEG and PNG files, or tar files of either (WebDataset)"
+    )
     sensor: str | None = Field(None, description="where the bands lie in these files; data.sensor if absent")
     weight: float = Field(1.0, gt=0, description="share of the chips, relative to the other sources")
     time: tuple[str, str] | None = Field(
@@ -82,6 +85,9 @@ class DataSettings(BaseModel):
     chip_size: int = Field(256, gt=0, description="side of the square read from a scene, in pixels")
     min_valid_share: Probability = Field(
         0.5, description="chips of scenes with less data are drawn again, up to three times"
+    )
+    homogeneous: Probability = Field(
+        0.0, description="share of the steps whose chips all come from one source, drawn by weight"
     )
     superblocks: SuperblockSettings | None = Field(
         None, description="draw chips in an order that decodes large scenes once; absent: anywhere at random"
@@ -135,6 +141,8 @@ class MixedSampler(Sampler[tuple[int, tuple[Any, ...]]]):
         seed: int,
         rank: int,
         start: int,
+        batch_size: int = 1,
+        homogeneous: float = 0.0,
     ) -> None:
         """Keeps the streams.
 
@@ -145,15 +153,34 @@ class MixedSampler(Sampler[tuple[int, tuple[Any, ...]]]):
             seed: of the choice of sources.
             rank: of this process.
             start: chips that this rank has already consumed.
+            batch_size: chips of this rank in a step.
+            homogeneous: share of the steps whose chips, in all ranks, come from one source.
         """
         self.samplers = list(samplers)
         self.shares = np.asarray(weights, dtype=np.float64) / sum(weights)
         self.keys_per_chip = tuple(keys_per_chip)
-        self.seed = (seed, rank, _MIXING)
+        self.seed = seed
+        self.rank = rank
         self.start = start
+        self.batch_size = batch_size
+        self.homogeneous = homogeneous
 
     def _choices(self) -> Iterator[int]:
-        rng = np.random.default_rng(self.seed)
+        own = self._draws((self.seed, self.rank, _MIXING))
+        if self.homogeneous == 0:
+            yield from own
+        # The choice of a step is that of all ranks.
+        coins = np.random.default_rng((self.seed, _STEPS))
+        sources = self._draws((self.seed, _STEPS, _MIXING))
+        while True:
+            alike, source = coins.random() < self.homogeneous, next(sources)
+            for _ in range(self.batch_size):
+                drawn = next(own)
+                yield source if alike else drawn
+
+    def _draws(self, seed: tuple[int, ...]) -> Iterator[int]:
+        """Sources by weight, without end."""
+        rng = np.random.default_rng(seed)
         while True:
             yield from rng.choice(len(self.shares), size=_CHOICES_AT_ONCE, p=self.shares).tolist()
 
@@ -193,6 +220,10 @@ def _open_source(source: SourceSettings, settings: DataSettings) -> SceneDataset
         return folder if table is None else ChosenImages(folder, table)
     sensor = get_sensor(source.sensor or settings.sensor)
     _check_scale(sensor, settings)
+    if source.kind == "shards":
+        if table is not None:
+            raise ConfigError("chips names places in scenes or images; it does not go with kind: shards")
+        return Shards(path, chip_size=settings.chip_size, bands=network_bands(settings))
     scenes = SceneDataset(
         path,
         sensor=sensor,
@@ -321,7 +352,16 @@ def chip_sampler(
             samplers.append(_scene_sampler(dataset, settings, batch_size, shard))
     weights = [source.weight for source in settings.sources]
     keys = [1 if isinstance(dataset, IndexedChips) else _KEYS_PER_SCENE_CHIP for dataset in datasets]
-    return MixedSampler(samplers, weights, keys_per_chip=keys, seed=seed, rank=rank, start=start)
+    return MixedSampler(
+        samplers,
+        weights,
+        keys_per_chip=keys,
+        seed=seed,
+        rank=rank,
+        start=start,
+        batch_size=batch_size,
+        homogeneous=settings.homogeneous,
+    )
 
 
 def _views(datasets: Sequence[SceneDataset | IndexedChips], settings: DataSettings) -> list[Any]:

@@ -26,10 +26,11 @@ Weights = Literal["area", "file"] | Sequence[float] | NDArray[np.float64]
 _RECTANGLE_TOLERANCE = 1e-6
 
 
-class _Endless[T](Sampler[T]):
+class Endless[T](Sampler[T]):
     """One global sequence, epoch after epoch, of which every rank takes each `world_size`-th position."""
 
     def __init__(self, length: int, *, seed: int, rank: int, world_size: int) -> None:
+        """Keeps length and place among the processes."""
         if not 0 <= rank < world_size:
             raise DataError(f"rank must lie in 0..{world_size - 1} for {world_size} processes, got {rank}")
         if length < world_size:
@@ -74,7 +75,7 @@ class _Endless[T](Sampler[T]):
         """All samples of one epoch."""
 
 
-class ChipSampler(_Endless[GeoSlice], GeoSampler):
+class ChipSampler(Endless[GeoSlice], GeoSampler):
     """Random chips of a torchgeo data set, every pixel of every scene about equally likely.
 
     A scene is drawn in proportion to its area and a chip uniformly inside it, on whole pixels. torchgeo's
@@ -254,7 +255,7 @@ class SuperblockSampler(ChipSampler):
         return order
 
 
-class IndexSampler(_Endless[int]):
+class IndexSampler(Endless[int]):
     """Indexes of a map-style data set: every one once per epoch, shuffled anew."""
 
     def __init__(self, dataset: Sized, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -275,7 +276,7 @@ class IndexSampler(_Endless[int]):
         return cast(list[int], generator.permutation(self._epoch_length).tolist())
 
 
-class WeightedSampler(_Endless[int]):
+class WeightedSampler(Endless[int]):
     """Indexes drawn in proportion to weights: in each epoch as many as there are, some of them repeatedly."""
 
     def __init__(

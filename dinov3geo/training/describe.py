@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 
 from dinov3geo.backbones.device import resolve_device
-from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.backbones.zoo import BUNDLED
-from dinov3geo.data.crops import CropSettings
 from dinov3geo.data.indexed import IndexedChips
 from dinov3geo.data.mixture import check_bands, network_bands, open_sources
 from dinov3geo.training.checkpoint import locate_checkpoint
@@ -17,15 +15,9 @@ from dinov3geo.training.continuing import check_out
 from dinov3geo.training.distiller import build_student as build_student_of
 from dinov3geo.training.distiller import load_teacher, student_worlds
 from dinov3geo.training.distributed import World
-from dinov3geo.training.projection import ProjectionHead
+from dinov3geo.training.memory import count_parameters, memory_bytes, size_of, tokens_per_image
 from dinov3geo.training.settings import DistillSettings, RunSettings, TrainSettings
 from dinov3geo.training.setup import build_crop_makers, build_student, load_anchor
-
-# Saved per token, block and channel for the backward pass: two norms, q, k, v, attention output and
-# projection, four times the width before and after GELU, two scaled branches.
-_SAVED_PER_CHANNEL = 2 + 3 + 2 + 8 + 2
-# The same where only matrix products and attention are kept, and where only a block's input is.
-_SAVED = {"none": _SAVED_PER_CHANNEL, "selective": 3 + 2 + 4 + 1, "full": 1}
 
 
 def describe(
@@ -76,7 +68,7 @@ def describe_distillation(
     if counts[0] is not None:
         student_worlds(settings, World(0, ranks))
     what = "scores of its heads" if settings.targets == "prototypes" else "its features"
-    size = _size(teacher) / 1e6
+    size = size_of(teacher) / 1e6
     lines.append(("teacher", f"{settings.teacher}: {size:,.1f} M parameters; students learn {what}"))
     for student in settings.students:
         with torch.device("meta"):
@@ -88,7 +80,7 @@ def describe_distillation(
         lines.append(
             (
                 f"student {student.name}",
-                f"{student.variant}, {_size(backbone) / 1e6:,.1f} M parameters, stride "
+                f"{student.variant}, {size_of(backbone) / 1e6:,.1f} M parameters, stride "
                 f"{backbone.patch_size}; {often}",
             )
         )
@@ -166,59 +158,3 @@ def _rates(settings: RunSettings) -> str:
     rate = settings.schedules.lr
     values = [rate.at(step, settings.steps) for step in (0, settings.steps // 2, settings.steps - 1)]
     return ", ".join(f"{value:.3g}" for value in values) + " in the first, middle and last step"
-
-
-def count_parameters(settings: TrainSettings) -> tuple[int, int]:
-    """Parameters of the backbone and of both heads, counted on the meta device."""
-    with torch.device("meta"):
-        backbone = build_student(settings)
-        heads = [
-            ProjectionHead(backbone.embed_dim, settings.losses.dino_head),
-            ProjectionHead(backbone.embed_dim, settings.losses.ibot_head),
-        ]
-    return _size(backbone), sum(_size(head) for head in heads)
-
-
-def _size(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def tokens_per_image(settings: TrainSettings, crops: CropSettings | None = None) -> int:
-    """Tokens that the student processes for one image: two global crops and the local ones."""
-    crops, patch = crops or settings.crops, settings.model.patch_size
-    with torch.device("meta"):
-        backbone = build_student(settings)
-    prefix = backbone.num_prefix if isinstance(backbone, VisionTransformer) else 0
-    per_global = (crops.global_size // patch) ** 2 + prefix
-    per_local = (crops.local_size // patch) ** 2 + prefix
-    return 2 * per_global + crops.local_count * per_local
-
-
-def memory_bytes(settings: TrainSettings, ranks: int = 1) -> int:
-    """Estimate of the memory that a step needs on each device.
-
-    Weights, gradients and two AdamW moments of the student, weights of the teacher (and the anchor), all
-    divided by the processes if they are sharded; saved activations of the student for the largest crops; of
-    the scores over prototypes the teacher's targets and the student's gradients.
-    """
-    with torch.device("meta"):
-        backbone = build_student(settings)
-    trained = sum(count_parameters(settings))
-    frozen = trained + (0 if settings.gram.anchor is None else _size(backbone))
-    weights = 4 * (4 * trained + frozen)
-    width = 2 if settings.precision == "bfloat16" else 4
-    if settings.parallel.layout == "shard" and ranks > 1:
-        # Gathered at one time: a block and the next one, and the heads, with their gradients.
-        whole = 2 * _size(backbone) // backbone.num_blocks + sum(count_parameters(settings)[1:])
-        weights = weights // ranks + 2 * width * whole
-    batch = settings.batch_size // ranks
-    part = batch // settings.accumulate
-    tokens = max(tokens_per_image(settings, crops) for crops, _ in settings.crop_choices())
-    kept = _SAVED[settings.parallel.recompute]
-    saved = width * part * tokens * backbone.num_blocks * backbone.embed_dim * kept
-    side = max(crops.global_size for crops, _ in settings.crop_choices()) // settings.model.patch_size
-    masked = side**2 * settings.masks.probability * sum(settings.masks.ratio) / 2
-    dino, ibot = settings.losses.dino_head.prototypes, settings.losses.ibot_head.prototypes
-    targets = 4 * 2 * batch * (dino + masked * ibot)
-    gradients = width * part * ((2 + settings.crops.local_count) * dino + 2 * masked * ibot)
-    return int(weights + saved + targets + gradients)

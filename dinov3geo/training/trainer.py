@@ -10,10 +10,12 @@ from torch import Tensor
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import BackboneCard
+from dinov3geo.backbones.device import resolve_device
 from dinov3geo.data.crops import CropBatch
-from dinov3geo.training.distributed import World
+from dinov3geo.training.distributed import World, own_device
 from dinov3geo.training.learner import Learner
 from dinov3geo.training.loop import Loop, RunResult, run_loop
+from dinov3geo.training.memory import check_memory
 from dinov3geo.training.observe import Evaluator, Listeners, Progress
 from dinov3geo.training.settings import TrainSettings
 from dinov3geo.training.setup import build_recipe, build_student
@@ -94,6 +96,7 @@ def pretrain(
     """
 
     def begin(world: World) -> Trainer:
+        check_memory(settings, resolve_device(own_device(settings.device)), world.size)
         return Trainer(settings, out, world, Listeners(progress, warn, evaluators or {}))
 
     return run_loop(begin, settings, out=out, resume=resume)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dinov3geo.config import load_config
-from dinov3geo.training.describe import count_parameters, describe
+from dinov3geo.training.describe import describe
+from dinov3geo.training.memory import count_parameters
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(path for stage in ("pretrain", "gram", "highres") for path in (CONFIGS / stage).glob("*.yaml"))
