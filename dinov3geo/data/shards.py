@@ -18,7 +18,6 @@ import rasterio
 import torch
 from numpy.typing import NDArray
 from rasterio.errors import RasterioError
-from rasterio.io import MemoryFile
 from torch import Tensor
 
 from dinov3geo.data.image_folder import IMAGE_SUFFIXES, decode_image, fit_image
@@ -99,12 +98,12 @@ class Shards(IndexedChips):
         Raises:
             DataError: it is damaged, of another size, or without the bands.
         """
-        content = self._read(index)
         if self._names[index].lower().endswith(IMAGE_SUFFIXES):
-            decoded = fit_image(decode_image(io.BytesIO(content), self.place(index)), self._chip_size)
+            content = io.BytesIO(self._read(index))
+            decoded = fit_image(decode_image(content, self.place(index)), self._chip_size)
             image = torch.from_numpy(decoded).permute(2, 0, 1)
             return {"image": image, "valid": torch.ones(image.shape[1:], dtype=torch.bool)}
-        pixels, valid = self._raster(content, index)
+        pixels, valid = self._raster(index)
         return {"image": torch.from_numpy(pixels), "valid": torch.from_numpy(valid)}
 
     def _read(self, index: int) -> bytes:
@@ -118,9 +117,10 @@ class Shards(IndexedChips):
             raise DataError(f"{self.place(index)} is cut off: {len(content)} of {size} bytes; copy it again")
         return content
 
-    def _raster(self, content: bytes, index: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def _raster(self, index: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        number, offset, size = (int(value) for value in self._places[index])
         try:
-            with MemoryFile(content) as memory, memory.open() as opened:
+            with rasterio.open(f"/vsisubfile/{offset}_{size},{self.files[number].resolve()}") as opened:
                 numbers = self._band_numbers(opened, index)
                 pixels = opened.read(numbers)
                 valid = (opened.read_masks(numbers) > 0).all(0)

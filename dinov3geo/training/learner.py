@@ -74,7 +74,9 @@ class Learner:
         """Autocast of the run; sharded weights are gathered in bfloat16 already."""
         sharded = self.call.sharded if sharded is None else sharded
         enabled = self.settings.precision == "bfloat16" and not sharded
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        # Rounded weights that an earlier call left behind would make a repeated forward pass another one.
+        cached = self.settings.parallel.recompute != "selective"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=cached)
 
     def loss_weights(self, step: int) -> dict[str, float]:
         """Factor of each loss term in a step."""

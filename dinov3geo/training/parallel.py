@@ -173,6 +173,8 @@ def _sharding(module: nn.Module, world: World, precision: str) -> Callable[..., 
 
 
 def _shard_all(recipe: Recipe, world: World, precision: str) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     shard = _sharding(recipe, world, precision)
     for frozen in recipe.teacher.children():
         _shard_module(frozen, shard, at_once=True)
@@ -180,7 +182,8 @@ def _shard_all(recipe: Recipe, world: World, precision: str) -> None:
         _shard_module(recipe.anchor, shard, at_once=True)
     for trained in recipe.student.children():
         _shard_module(trained, shard, at_once=None)
-    shard(recipe.student_pass)
+    # Targets and losses stay float32: networks round their own inputs.
+    shard(recipe.student_pass, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
 
 def _shard_module(module: nn.Module, shard: Callable[..., Any], *, at_once: bool | None) -> None:

@@ -151,12 +151,14 @@ def test_shards_of_other_forms_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no shard found"):
         Shards(tmp_path / "empty", chip_size=40, bands=RGB)
-    whole = pack(tmp_path / "cut" / "a.tar", {"0.tif": geotiff(0)})
+    whole = pack(tmp_path / "cut" / "a.tar", {"0.tif": geotiff(0), "1.png": png(1)})
     shards = Shards(whole, chip_size=48, bands=RGB)
     with pytest.raises(DataError, match="40 x 40 pixels but data.chip_size is 48"):
         _ = shards[0]
     whole.write_bytes(whole.read_bytes()[:1000])
     with pytest.raises(DataError, match="is cut off"):
+        _ = shards[1]
+    with pytest.raises(DataError, match="cannot be read as GeoTIFF"):
         _ = shards[0]
 
 

@@ -90,6 +90,27 @@ def test_checkpoints_change_hands_between_numbers_of_processes(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["replicate", "shard"])
+def test_bfloat16_with_selective_recomputation_stays_near_float32(
+    settings: TrainSettings, tmp_path: Path, layout: str
+) -> None:
+    exact = settings.model_copy(update={"steps": 3})
+    pretrain(exact, out=tmp_path / "exact")
+    parallel = exact.parallel.model_copy(update={"layout": layout, "recompute": "selective"})
+    low = exact.model_copy(update={"precision": "bfloat16", "parallel": parallel})
+    (tmp_path / "low.json").write_text(low.model_dump_json())
+    finish(start("pretrain", str(tmp_path / "low.json"), str(tmp_path / "low")))
+    for name in ("loss", "dino_global", "ibot", "grad_norm/backbone"):
+        losses = [
+            [json.loads(line)[name] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+            for run in ("exact", "low")
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=0.03 if "grad" not in name else 0.2), name
+    weights = read_tensors(tmp_path / "low" / "backbone.safetensors")
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())
+
+
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="does not divide by 3 processes.*use 9 or 12"):
         World(0, 3).images_per_process(10)
