@@ -19,8 +19,9 @@ from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import Normalization
 from dinov3geo.backbones.inference import for_inference
 from dinov3geo.curation.vectors import VectorFile
+from dinov3geo.data.failures import readers_watched
 from dinov3geo.data.indexed import IndexedChips
-from dinov3geo.errors import ConfigError, DataError, UserError
+from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.features.extract import weights_digest
 from dinov3geo.rasters.sensors import Sensor
 
@@ -109,6 +110,20 @@ def embed(
     vectors = VectorFile(folder / _VECTORS, encoder.backbone.embed_dim)
     state = hashlib.sha256(json.dumps([identity, encoder.digest, min_valid_share]).encode()).hexdigest()
     _enter(folder, state, vectors)
+    with readers_watched():
+        _embed_rest(chips, encoder, vectors, batch_size, workers, min_valid_share, tell)
+    return vectors
+
+
+def _embed_rest(
+    chips: IndexedChips,
+    encoder: Encoder,
+    vectors: VectorFile,
+    batch_size: int,
+    workers: int,
+    min_valid_share: float,
+    tell: Callable[[int, int], None] | None,
+) -> None:
     for images, valid in _batches(chips, len(vectors), batch_size, workers):
         shares = valid.flatten(1).float().mean(1).numpy()
         found = encoder(images, valid)
@@ -118,7 +133,6 @@ def embed(
         vectors.append(found)
         if tell is not None:
             tell(len(vectors), len(chips))
-    return vectors
 
 
 def leave(folder: Path) -> None:
@@ -148,17 +162,8 @@ def _batches(
     loader: DataLoader[dict[str, Tensor]] = DataLoader(
         rest, batch_size=batch_size, num_workers=workers, worker_init_fn=_leave_group
     )
-    try:
-        for batch in loader:
-            yield batch["image"], batch["valid"]
-    except UserError:
-        raise
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"a reading process was killed ({error}); give it more memory, or use --workers 0"
-        ) from error
+    for batch in loader:
+        yield batch["image"], batch["valid"]
 
 
 def _leave_group(_worker: int) -> None:

@@ -148,6 +148,11 @@ class ChosenScenes(IndexedChips):
         return len(self._paths)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the scenes."""
+        return self.dataset.dtype
+
+    @property
     def gsd_range_m(self) -> tuple[float, float]:
         """Of the scenes."""
         return self.dataset.gsd_range_m

@@ -69,6 +69,11 @@ class GridChips(IndexedChips):
         return int(self._ends[-1])
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the scenes."""
+        return self.dataset.dtype
+
+    @property
     def gsd_range_m(self) -> tuple[float, float]:
         """Of the scenes."""
         return self.dataset.gsd_range_m

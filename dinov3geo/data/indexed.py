@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,6 +29,11 @@ class IndexedChips(Dataset[dict[str, Tensor]]):
     """
 
     noun = "chips"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers in a sample."""
+        return torch.uint8
 
     @abstractmethod
     def __len__(self) -> int:

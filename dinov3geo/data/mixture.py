@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dinov3geo.data.areas import read_area
 from dinov3geo.data.chosen import ChosenImages, ChosenScenes, read_chosen
 from dinov3geo.data.dates import Twice, TwoDates
+from dinov3geo.data.failures import Failures
 from dinov3geo.data.image_folder import ImageFolder
 from dinov3geo.data.indexed import IndexedChips, Order
 from dinov3geo.data.ranges import Probability
@@ -30,6 +31,8 @@ from dinov3geo.rasters.sensors import Sensor, get_sensor
 _CHOICES_AT_ONCE = 4096
 # Chips of scenes drawn for one that is used, where nodata is frequent; an image is always used.
 _KEYS_PER_SCENE_CHIP = 4
+# Why reads of a sample failed, beside its tensors.
+_PROBLEMS = "problems"
 # Keeps the choice of sources apart from the samplers' own randomness.
 _MIXING, _STEPS = 1, 2
 
@@ -92,16 +95,33 @@ class DataSettings(BaseModel):
     superblocks: SuperblockSettings | None = Field(
         None, description="draw chips in an order that decodes large scenes once; absent: anywhere at random"
     )
+    unreadable: Literal["stop", "skip"] = Field(
+        "stop", description="what a file does that turns out to be damaged: end the run, or be left out"
+    )
     workers: int = Field(1, ge=0, description="processes that read chips; 0 reads in the training process")
 
 
 class MixedChips(Dataset["dict[str, Tensor] | UserError"]):
     """Several data sets under one address (source number, keys)."""
 
-    def __init__(self, datasets: Sequence[Any], *, min_valid_share: float) -> None:
-        """Keeps the data sets; their items hold `image` [C, S, S] and `valid` [S, S]."""
+    def __init__(
+        self,
+        datasets: Sequence[Any],
+        *,
+        min_valid_share: float,
+        blanks: Sequence[dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Keeps the data sets; their items hold `image` [C, S, S] and `valid` [S, S].
+
+        Args:
+            datasets: one per source.
+            min_valid_share: of a chip that is taken at once.
+            blanks: a sample without data for each source, where files that cannot be read are left out; None
+                where they are errors.
+        """
         self.datasets = list(datasets)
         self.min_valid_share = min_valid_share
+        self.blanks = blanks
 
     def __getitem__(self, address: tuple[int, Sequence[Any]]) -> dict[str, Tensor] | UserError:
         """The first chip of an address with enough valid pixels, else the one with most.
@@ -110,19 +130,25 @@ class MixedChips(Dataset["dict[str, Tensor] | UserError"]):
         text of a traceback.
         """
         source, keys = address
-        best: dict[str, Tensor] = {}
+        best: dict[str, Any] = {}
         share = -1.0
-        try:
-            for key in keys:
+        problems: list[str] = []
+        for key in keys:
+            try:
                 sample = self.datasets[source][key]
-                own_share = float(sample["valid"].float().mean())
-                if own_share > share:
-                    share, best = own_share, {"image": sample["image"], "valid": sample["valid"]}
-                if share >= self.min_valid_share:
-                    break
-        except UserError as error:
-            return DataError(str(error))
-        return best
+            except UserError as error:
+                if self.blanks is None:
+                    return DataError(str(error))
+                problems.append(str(error))
+                continue
+            own_share = float(sample["valid"].float().mean())
+            if own_share > share:
+                share, best = own_share, {"image": sample["image"], "valid": sample["valid"]}
+            if share >= self.min_valid_share:
+                break
+        if not best and self.blanks is not None:
+            best = dict(self.blanks[source])
+        return best | {_PROBLEMS: problems} if problems else best
 
 
 class MixedSampler(Sampler[tuple[int, tuple[Any, ...]]]):
@@ -266,6 +292,7 @@ def chip_loader(
     start: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    warn: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Endless batches `{"image": [B, C, S, S], "valid": [B, S, S]}`, or of two dates [B, 2, C, S, S].
 
@@ -277,15 +304,20 @@ def chip_loader(
         start: chips that this rank has already consumed.
         rank: of this process.
         world_size: number of processes; their chips are disjoint positions of one sequence.
+        warn: told of every file that is left out, once, and how many reads have failed.
 
     Raises:
-        DataError: while iterating, a file that cannot be used.
+        DataError: while iterating, a file that cannot be used, or a reading process that was killed.
     """
     sampler = chip_sampler(
         datasets, settings, batch_size, seed=seed, start=start, rank=rank, world_size=world_size
     )
     loader: DataLoader[Any] = DataLoader(
-        MixedChips(_views(datasets, settings), min_valid_share=settings.min_valid_share),
+        MixedChips(
+            _views(datasets, settings),
+            min_valid_share=settings.min_valid_share,
+            blanks=_blanks(datasets, settings) if settings.unreadable == "skip" else None,
+        ),
         batch_size=batch_size,
         sampler=sampler,
         num_workers=settings.workers,
@@ -294,10 +326,26 @@ def chip_loader(
         persistent_workers=settings.workers > 0,
         worker_init_fn=_leave_signals_to_the_trainer,
     )
+    failures = Failures(warn)
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
+        failures.count(batch.pop(_PROBLEMS, []))
         yield batch
+
+
+def _blanks(
+    datasets: Sequence[SceneDataset | IndexedChips], settings: DataSettings
+) -> list[dict[str, Tensor]]:
+    """A sample without any data for each source."""
+    two = any(source.two_dates for source in settings.sources)
+    lead, side = ((2,) if two else ()), settings.chip_size
+    bands = len(network_bands(settings))
+    valid = torch.zeros((*lead, side, side), dtype=torch.bool)
+    return [
+        {"image": torch.zeros((*lead, bands, side, side), dtype=data.dtype), "valid": valid}
+        for data in datasets
+    ]
 
 
 def locate_chips(
@@ -395,12 +443,15 @@ def _scene_sampler(
 def _collate(samples: list[dict[str, Tensor] | UserError]) -> dict[str, Tensor] | UserError:
     """Stacks the samples, or hands on the first error among them."""
     stacked: dict[str, list[Tensor]] = {}
+    problems: list[str] = []
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
+        problems += cast(list[str], sample.pop(_PROBLEMS, []))
         for name, tensor in sample.items():
             stacked.setdefault(name, []).append(tensor)
-    return {name: torch.stack(tensors) for name, tensors in stacked.items()}
+    batch: dict[str, Any] = {name: torch.stack(tensors) for name, tensors in stacked.items()}
+    return batch | {_PROBLEMS: problems} if problems else batch
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:

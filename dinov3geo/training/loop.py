@@ -19,6 +19,7 @@ from dinov3geo.backbones.card import BackboneCard
 from dinov3geo.backbones.device import resolve_device
 from dinov3geo.backbones.zoo import RUN_EXPORT, save_backbone
 from dinov3geo.data.crops import CropBatch, CropMaker, Share
+from dinov3geo.data.failures import readers_watched
 from dinov3geo.data.mixture import check_bands, chip_loader, locate_chips, open_sources
 from dinov3geo.errors import DataError
 from dinov3geo.training import checkpoint as checkpoints
@@ -289,7 +290,7 @@ class Loop(ABC):
         )
         metrics: dict[str, float] = {}
         clock = Clock()
-        with _stop_requests() as stop_asked, contextlib.closing(journal):
+        with _stop_requests() as stop_asked, contextlib.closing(journal), readers_watched():
             while not (stopped_by := self._stop(stop_asked())) and self.step < settings.steps:
                 batch = {
                     name: tensor.to(self.device, non_blocking=True) for name, tensor in next(loader).items()
@@ -346,6 +347,7 @@ class Loop(ABC):
                 start=self.step * self.batch_size,
                 rank=self.world.rank,
                 world_size=self.world.size,
+                warn=self.observer.warn,
             )
         )
 
