@@ -65,6 +65,7 @@ def test_verbs():
         "landcover evaluate",
         "split",
         "pack",
+        "distill",
         "zonal",
         "polygons",
         "canopy",
