@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import webbrowser
 from pathlib import Path
@@ -43,6 +44,9 @@ def view(
         if not no_browser:
             # A browser on the terminal would take it over until it is left.
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+        # A job in the background starts with SIGINT ignored, and SIGTERM would skip the closing of files.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
         try:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:

@@ -135,19 +135,23 @@ def test_a_taken_port_is_refused(viewer):
             ViewerServer(viewer, taken.getsockname()[1])
 
 
-def test_the_command_serves_until_interrupted(files):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_interrupted(files, number):
     words = [sys.executable, "-m", "dinov3geo", "view", str(files.heights), str(files.scene), "--no-browser"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/", url)
-        assert found
-        connection = http.client.HTTPConnection(HOST, int(found[1]), timeout=20)
-        connection.request("GET", "/layers.json")
-        assert len(json.loads(connection.getresponse().read())["layers"]) == 2
-        connection.close()
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/", url)
+            assert found
+            connection = http.client.HTTPConnection(HOST, int(found[1]), timeout=20)
+            connection.request("GET", "/layers.json")
+            assert len(json.loads(connection.getresponse().read())["layers"]) == 2
+            connection.close()
+            process.send_signal(number)
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()  # or leaving the block would wait for ever
     assert process.returncode == 0
     assert "stopped" in said and "Traceback" not in said
 
