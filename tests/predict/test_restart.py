@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 import rasterio
 
+from dinov3geo.commands.console import run_all
+from dinov3geo.heads.canopy import CanopyModel
+from dinov3geo.predict.products import predict_canopy
+
 WriteRaster = Callable[..., Path]
 
 # The model of tests/predict/conftest.py, slowed down so that a kill finds the run at work.
@@ -162,3 +166,25 @@ def test_a_cluster_whose_worker_is_killed_gives_the_bytes_of_one_process(scene: 
     assert (tmp_path / "out.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
     with rasterio.open(tmp_path / "out.tif") as dataset:
         assert dataset.shape == (5200, 300)
+
+
+@pytest.mark.slow
+def test_scenes_that_share_a_cluster_give_the_bytes_of_one_process(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path
+) -> None:
+    ray = pytest.importorskip("ray")
+    scenes = [write_raster(f"{k}.tif", shape=(3, 700, 200), seed=k) for k in range(3)]
+
+    def predict(number: int, engine: str) -> bytes:
+        target = tmp_path / engine / f"{number}.tif"
+        predict_canopy(scenes[number], target, model=model, tile=128, overlap=32, engine=engine)
+        return target.read_bytes()
+
+    whole = [predict(number, "local") for number in range(3)]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        names = [scene.name for scene in scenes]
+        shared = run_all(lambda number, tell: predict(number, "ray"), [1, 1, 1], names, at_once=3)
+    finally:
+        ray.shutdown()
+    assert shared == whole
