@@ -319,11 +319,9 @@ def main(words: Sequence[str] | None = None) -> int:
         for model in arguments.models:
             for size in arguments.sizes:
                 cells += measure(model, size, dtype, arguments, rate)
+                _save(cells, arguments)  # a run that is cut off has measured what it has
                 print(f"{model} {size} {dtype} done", file=sys.stderr, flush=True)
     summarise(cells)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(_report(cells, arguments), indent=2) + "\n", encoding="utf-8")
     wrong = [c for c in cells if not c.difference <= AGREEMENT[c.dtype]]
     for c in wrong:
         print(f"{c.library} differs by {c.difference:.2g} in {c.model} {c.size} {c.dtype}", file=sys.stderr)
@@ -337,6 +335,12 @@ def summarise(cells: Sequence[Cell]) -> None:
     if against:
         mean = math.exp(statistics.fmean(map(math.log, against)))
         print(f"\nours / fastest peer: {mean:.2f} in the geometric mean, {min(against):.2f} at least")
+
+
+def _save(cells: Sequence[Cell], arguments: argparse.Namespace) -> None:
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(_report(cells, arguments), indent=2) + "\n", encoding="utf-8")
 
 
 def _report(cells: Sequence[Cell], arguments: argparse.Namespace) -> dict[str, Any]:
