@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Self
 
 import torch
@@ -13,7 +14,7 @@ from dinov3geo.data.crops import CropBatch
 from dinov3geo.training.distributed import local_parts
 
 
-class Recipe(nn.Module):
+class Recipe(nn.Module, ABC):
     """A student, what follows it, and how its losses are formed.
 
     Attributes:
@@ -40,13 +41,13 @@ class Recipe(nn.Module):
         self.num_refreshes = 0
 
     @property
+    @abstractmethod
     def student_pass(self) -> nn.Module:
         """The student's forward pass and losses: called with a `CropBatch` and `Targets`, gives terms."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self, step: int, total_steps: int, *, num_locals: int) -> dict[str, float]:
         """Factor of each loss term in the total."""
-        raise NotImplementedError
 
     def train(self, mode: bool = True) -> Self:
         """Only the student ever trains: teachers see no dropped paths and no rescaled positions."""
