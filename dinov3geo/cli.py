@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dinov3geo import __version__
+from dinov3geo.allocator import keep_freed_memory
 from dinov3geo.commands.benchmark import benchmark
 from dinov3geo.commands.canopy import canopy
 from dinov3geo.commands.classify import classify
@@ -78,6 +79,7 @@ def _options(
     ] = False,
 ) -> None:
     """DINOv3 self-supervised learning and dense prediction on georeferenced rasters."""
+    keep_freed_memory()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

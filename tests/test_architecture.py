@@ -14,7 +14,7 @@ PACKAGE = ROOT / "dinov3geo"
 
 # A room may import from itself and from rooms on a lower floor.
 FLOORS = [
-    {"errors"},
+    {"errors", "allocator"},
     {"paths"},
     {"rasters", "backbones", "losses"},
     {"data", "features"},
@@ -28,7 +28,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # cli.py is the door of the room commands/.
 SAME_ROOM = {"commands": "cli"}
 ONLY_THIRD_PARTY = {"backbones": {"torch", "safetensors", "huggingface_hub"}, "losses": {"torch"}}
-LIGHT_MODULES = {"dinov3geo", "dinov3geo.cli", "dinov3geo.errors", "dinov3geo.paths"}
+LIGHT_MODULES = {"dinov3geo", "dinov3geo.cli", "dinov3geo.errors", "dinov3geo.paths", "dinov3geo.allocator"}
 MAX_FILE_LINES = 500
 MAX_BODY_LINES = 60
 WRITER = PACKAGE / "rasters" / "geotiff.py"
