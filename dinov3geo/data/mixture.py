@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dinov3geo.data.areas import read_area
 from dinov3geo.data.chosen import ChosenImages, ChosenScenes, read_chosen
 from dinov3geo.data.dates import Twice, TwoDates
+from dinov3geo.data.drawing import DrawSettings, find_weights
 from dinov3geo.data.failures import Failures
 from dinov3geo.data.image_folder import ImageFolder
 from dinov3geo.data.indexed import IndexedChips, Order
@@ -53,6 +54,9 @@ class SourceSettings(BaseModel):
     )
     two_dates: bool = Field(
         False, description="the two global crops show one place on two dates, where there are two"
+    )
+    draw: DrawSettings = Field(
+        DrawSettings(), description="where in the scenes chips are drawn; all ground alike if absent"
     )
     chips: Path | None = Field(
         None, description="table of `dinov3geo curate`: only its chips are drawn, by their weights"
@@ -239,6 +243,8 @@ def _open_source(source: SourceSettings, settings: DataSettings) -> SceneDataset
     address = gdal_address(source.path)
     path = settings.root / source.path if address is None else Path(address)
     table = None if source.chips is None else read_chosen(source.chips)
+    if source.kind != "scenes" and source.draw != DrawSettings():
+        raise ConfigError(f"source {source.path}: draw is for scenes, not for kind: {source.kind}")
     if source.kind == "images":
         if source.split is not None:
             raise ConfigError(f"source {source.path}: images lie nowhere on the ground; split is for scenes")
@@ -259,7 +265,11 @@ def _open_source(source: SourceSettings, settings: DataSettings) -> SceneDataset
         area=None if source.split is None else read_area(source.split),
     )
     if table is None:
+        visited = settings.chip_size if settings.superblocks is None else settings.superblocks.size
+        scenes.weights = find_weights(scenes, source.draw, settings.root, settings.chip_size, visited)
         return scenes
+    if source.draw != DrawSettings():
+        raise ConfigError(f"source {source.path}: chips has weights of its own; leave out draw")
     if source.two_dates:
         raise ConfigError("two_dates draws places anew; it does not go with a table of chosen chips")
     return ChosenScenes(scenes, table, chip_size=settings.chip_size, source=path)
@@ -426,6 +436,7 @@ def _scene_sampler(
     dataset: SceneDataset, settings: DataSettings, batch_size: int, shard: dict[str, Any]
 ) -> ChipSampler:
     chips: dict[str, Any] = {"chip_size": settings.chip_size, "chips_per_epoch": _CHOICES_AT_ONCE, **shard}
+    chips["weights"] = dataset.weights
     blocks = settings.superblocks
     if blocks is None:
         return ChipSampler(dataset, **chips)

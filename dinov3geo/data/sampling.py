@@ -17,10 +17,11 @@ from torchgeo.datasets.utils import GeoSlice
 from torchgeo.samplers import GeoSampler
 
 from dinov3geo.data.catalog import EQUAL_AREA
+from dinov3geo.data.places import Places, cells, whole_scenes
 from dinov3geo.errors import DataError
 from dinov3geo.rasters.crs import to_pyproj
 
-Weights = Literal["area", "file"] | Sequence[float] | NDArray[np.float64]
+Weights = Literal["area", "file"] | Sequence[float] | NDArray[np.float64] | Places
 
 # A footprint that fills its bounding box to within this fraction lies along the axes of the index.
 _RECTANGLE_TOLERANCE = 1e-6
@@ -103,8 +104,8 @@ class ChipSampler(Endless[GeoSlice], GeoSampler):
             chip_size: side in pixels.
             chips_per_epoch: of all ranks together.
             seed: of the run; two ranks with one seed never draw the same position.
-            weights: how often scenes are drawn: in proportion to their area, every file alike, or one number
-                per row of the data set's index (for example by class or value).
+            weights: how often scenes are drawn: in proportion to their area, every file alike, one number
+                per row of the data set's index, or parts of scenes with weights of their own (`cells`).
             rank: of this process.
             world_size: number of processes.
 
@@ -118,7 +119,8 @@ class ChipSampler(Endless[GeoSlice], GeoSampler):
         geometries = np.asarray(dataset.index.geometry.values, dtype=object)
         self._bounds: NDArray[np.float64] = shapely.bounds(geometries)
         areas: NDArray[np.float64] = shapely.area(geometries)
-        self._probabilities = _probabilities(weights, areas)
+        self._places = weights if isinstance(weights, Places) else whole_scenes(_shares(weights, areas))
+        self._probabilities = _normalized(self._places.weights)
         self._resolution = np.array(dataset.res, dtype=np.float64)
         self._chip_size = chip_size
         boxes = np.prod(self._bounds[:, 2:] - self._bounds[:, :2], axis=1)
@@ -128,8 +130,22 @@ class ChipSampler(Endless[GeoSlice], GeoSampler):
 
     def _draw(self, generator: np.random.Generator) -> Sequence[GeoSlice]:
         count = self._epoch_length
-        rows = generator.choice(len(self._bounds), size=count, p=self._probabilities)
-        return self._chips(rows, generator.random((count, 2)))
+        parts = generator.choice(len(self._probabilities), size=count, p=self._probabilities)
+        position = self._places.inside(parts, generator.random((count, 2)))
+        return self._chips(self._places.rows[parts], position)
+
+    def cells(self, side: int, group_side: int, most: int) -> Places:
+        """The scenes cut into squares of `side` pixels, weighted by area; see `places.cells`."""
+        return cells(self._steps(np.arange(len(self._bounds))), side, group_side, most)
+
+    def middles(self, places: Places) -> Sequence[GeoSlice]:
+        """The chip that begins in the middle of each part of a scene."""
+        return self._chips(places.rows, (places.low + places.high) / 2)
+
+    def _steps(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """[n, 2] whole pixels by which a chip can be moved in its scene."""
+        steps: NDArray[np.float64] = np.maximum(np.rint(self._room(rows) / self._resolution), 0)
+        return steps
 
     def _room(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """[n, 2] lengths by which a chip can be moved in its scene, negative where it is larger than that."""
@@ -146,8 +162,7 @@ class ChipSampler(Endless[GeoSlice], GeoSampler):
         room = self._room(rows)
         if self._snaps:
             # Counted from the upper left corner, where the pixels of a scene begin.
-            pixels = np.maximum(np.rint(room / self._resolution), 0)
-            steps = np.floor(position * (pixels + 1)) * self._resolution
+            steps = np.floor(position * (self._steps(rows) + 1)) * self._resolution
             snapped = np.stack([low[:, 0] + steps[:, 0], high[:, 1] - steps[:, 1] - size[1]], axis=1)
             corner = np.where(room > 0, snapped, low + room / 2)
         else:
@@ -224,6 +239,7 @@ class SuperblockSampler(ChipSampler):
             if number < 1:
                 raise DataError(f"{name} must be at least 1, got {number}")
         self._superblock = superblock
+        self._in_cells = isinstance(weights, Places)
         self._chips_per_visit = chips_per_visit
         self._group = chips_per_visit * shuffled_visits
         self._lanes = lanes
@@ -233,16 +249,38 @@ class SuperblockSampler(ChipSampler):
         order = self._order()
         num_groups = int(order.max()) // self._group + 1
         visits = num_groups * self._group // self._chips_per_visit
-        scene = generator.choice(len(self._bounds), size=visits, p=self._probabilities)
-        # A superblock is drawn by drawing a corner, so that cut ones come less often.
-        pixels = np.maximum(np.rint(self._room(scene) / self._resolution), 0) + 1
-        first = np.floor(generator.random((visits, 2)) * pixels / self._superblock) * self._superblock
-        side = np.minimum(pixels - first, self._superblock)
-        inside = generator.random((visits, self._chips_per_visit, 2))
-        position = ((first[:, None] + inside * side[:, None]) / pixels[:, None]).reshape(-1, 2)
+        draw = self._draw_cells if self._in_cells else self._draw_squares
+        scene, position = draw(generator, visits)
         shuffled = generator.permuted(np.arange(len(position)).reshape(num_groups, -1), axis=1).ravel()
         chosen = shuffled[order]
         return self._chips(scene[chosen // self._chips_per_visit], position[chosen])
+
+    def _draw_squares(
+        self, generator: np.random.Generator, visits: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Scene per visit and position per chip, evenly within the superblock of a visit."""
+        scene = generator.choice(len(self._bounds), size=visits, p=self._probabilities)
+        # A superblock is drawn by drawing a corner, so that cut ones come less often.
+        pixels = self._steps(scene) + 1
+        first = np.floor(generator.random((visits, 2)) * pixels / self._superblock) * self._superblock
+        side = np.minimum(pixels - first, self._superblock)
+        inside = generator.random((visits, self._chips_per_visit, 2))
+        return scene, ((first[:, None] + inside * side[:, None]) / pixels[:, None]).reshape(-1, 2)
+
+    def _draw_cells(
+        self, generator: np.random.Generator, visits: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """As `_draw_squares`, by the weights of cells: a visit's chips lie in the cells of one group."""
+        groups = self._places.groups
+        first = generator.choice(len(groups), size=visits, p=self._probabilities)
+        # On a line on which every cell is as long as it is likely, a group is an interval.
+        ends = np.concatenate([[0.0], np.cumsum(self._probabilities)])
+        start = ends[np.searchsorted(groups, groups[first], side="left")][:, None]
+        stop = ends[np.searchsorted(groups, groups[first], side="right")][:, None]
+        points = start + generator.random((visits, self._chips_per_visit)) * (stop - start)
+        points = np.minimum(points, np.nextafter(stop, 0.0))  # rounding must not lead into the next group
+        part = np.searchsorted(ends, points.ravel(), side="right") - 1
+        return self._places.rows[first], self._places.inside(part, generator.random((len(part), 2)))
 
     def _order(self) -> NDArray[np.int64]:
         """For each position of the epoch the number of its chip, whose groups belong to one lane each."""
@@ -295,7 +333,7 @@ class WeightedSampler(Endless[int]):
         """
         super().__init__(len(weights), seed=seed, rank=rank, world_size=world_size)
         # Where each index begins on a line of the length of the epoch.
-        self._ends = np.cumsum(_probabilities(weights, np.asarray(weights)))
+        self._ends = np.cumsum(_normalized(np.asarray(weights, dtype=np.float64)))
 
     def _draw(self, generator: np.random.Generator) -> Sequence[int]:
         # Evenly spaced points with one random shift: an index comes as often as its weight says, within one.
@@ -322,8 +360,10 @@ class _Queries(Sequence[GeoSlice]):
         return place if time is None else (*place, time)
 
 
-def _probabilities(weights: Weights, areas: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Per scene how likely it is drawn."""
+def _shares(
+    weights: Literal["area", "file"] | Sequence[float] | NDArray[np.float64], areas: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Per scene how often it is drawn, relative to the others."""
     if isinstance(weights, str):
         if weights not in ("area", "file"):
             raise DataError(f"weights must be 'area', 'file' or a number per scene, got {weights!r}")
@@ -332,6 +372,11 @@ def _probabilities(weights: Weights, areas: NDArray[np.float64]) -> NDArray[np.f
         numbers = np.asarray(weights, dtype=np.float64)
         if numbers.shape != areas.shape:
             raise DataError(f"{len(numbers)} weights for {len(areas)} scenes, expected one for each")
+    return numbers
+
+
+def _normalized(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights as probabilities."""
     if not (np.isfinite(numbers).all() and numbers.min() >= 0 and numbers.sum() > 0):
         raise DataError("weights must be finite, at least 0 and not all 0")
     shares: NDArray[np.float64] = numbers / numbers.sum()

@@ -32,6 +32,7 @@ from dinov3geo.data.catalog import (
     seconds,
     shared_crs,
 )
+from dinov3geo.data.sampling import Weights
 from dinov3geo.data.scene_files import band_positions, find_scenes, open_scene, scene_paths
 from dinov3geo.errors import DataError
 from dinov3geo.rasters.blocks import BLOCKS
@@ -67,6 +68,9 @@ class SceneDataset(RasterDataset):
     file's CRS), both float64. Its size is always what the query asks for; where no file has data, `valid`
     is False. Rows run southwards, also where those of the file do not. Where files overlap, the first in
     the order of the index wins.
+
+    Attributes:
+        weights: what a run gives to the sampler of these scenes; a sampler of your own need not heed it.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class SceneDataset(RasterDataset):
         self._native_res = common_resolution(infos, target, self._any_resolution)
         self._res = self._native_res
         self.area = area
+        self.weights: Weights = "area"
         self.index = build_index(infos, [record.interval for record in records], target)
         if area is not None:
             self.index = area.clip(self.index)
