@@ -6,7 +6,7 @@ so that whatever else the machine does falls on all alike:
 * warm: every block that is needed lies decoded in the contender's cache (GDAL's, or ours);
 * cold: new handles, empty caches, and the kernel told to forget the file;
 * reprojected: windows never asked for before, from decoded blocks;
-* loader: batches through torch's DataLoader with two processes, warm.
+* loader: batches through torch's DataLoader with two processes, warm; the bare loop is in the processes, too.
 
     python benchmarks/reader_speed.py --tiles FOLDER --work FOLDER --out benchmarks/results/DATE_reader_speed
 
@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from rasterio.crs import CRS as RasterioCRS
 from rasterio.env import set_gdal_config
 from rasterio.windows import Window
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchgeo.datasets import RasterDataset
 from torchgeo.samplers import RandomPatchSampler
 
@@ -68,6 +68,21 @@ class TorchgeoDataset(RasterDataset):
     """torchgeo's own reading, as its documentation has it."""
 
     filename_glob = "*.tif"
+
+
+class BareWindows(Dataset[dict[str, torch.Tensor]]):
+    """Windows of a file and nothing else: what processes and batches cost by themselves."""
+
+    def __init__(self, path: Path) -> None:
+        """Keeps the path; each process opens the file for itself."""
+        self.path = path
+        self._opened: tuple[int, Any] = (0, None)
+
+    def __getitem__(self, window: Window) -> dict[str, torch.Tensor]:
+        """The numbers of a window."""
+        if self._opened[0] != os.getpid():
+            self._opened = os.getpid(), rasterio.open(self.path)
+        return {"image": torch.from_numpy(self._opened[1].read(window=window))}
 
 
 @dataclass(frozen=True)
@@ -124,14 +139,15 @@ def make_file(path: Path, tiles: Sequence[NDArray[Any]], dtype: str, codec: str,
     temporary.replace(path)
 
 
-def make_files(folder: Path, tiles_folder: str) -> list[Path]:
-    """The files of every dtype, codec and block size, made where they are missing."""
+def make_files(folder: Path, tiles_folder: str, names: Sequence[str] | None = None) -> list[Path]:
+    """The files of every dtype, codec and block size (or those named), made where they are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [
         (folder / f"{dtype}_{codec}_{blocksize}.tif", dtype, codec, blocksize)
         for dtype, codecs in CODECS.items()
         for codec in codecs
         for blocksize in BLOCKSIZES
+        if not names or f"{dtype}_{codec}_{blocksize}" in names
     ]
     missing = [each for each in wanted if not each[0].is_file()]
     if missing:
@@ -254,11 +270,14 @@ def loader_runs(path: Path, size: int) -> dict[str, Run]:
     theirs, ours = TorchgeoDataset(path), our_dataset(path)
     count = 2 * COUNT["ours"]
     lanes = {"lanes": PROCESSES, "batch_size": BATCH}
+    queries = torchgeo_queries(path, size, COUNT["torchgeo"] * 2, 0)
     samplers = {
-        "torchgeo": torchgeo_queries(path, size, COUNT["torchgeo"] * 2, 0),
+        "torchgeo": queries,
+        # As many as ours, each of the same places several times.
+        "bare": _windows(queries, size) * (count // len(queries)),
         "ours": list(our_sampler(ours, size, count, 0, **lanes)),
     }
-    datasets = {"torchgeo": theirs, "ours": ours}
+    datasets = {"torchgeo": theirs, "bare": BareWindows(path), "ours": ours}
     runs: dict[str, Run] = {}
     for name, dataset in datasets.items():
         loader: DataLoader[Any] = DataLoader(
@@ -340,7 +359,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for 3 GB of files")
     parser.add_argument("--out", type=Path, required=True, help="results folder: cells.json and table.md")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--files", nargs="+", help="names such as uint8_deflate_512; all if absent")
+    names = [f"{d}_{codec}_{side}" for d, codecs in CODECS.items() for codec in codecs for side in BLOCKSIZES]
+    parser.add_argument("--files", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after this time")
     arguments = parser.parse_args(words)
@@ -348,7 +368,7 @@ def main(words: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     set_gdal_config("GDAL_CACHEMAX", CACHE_BYTES)
     BLOCKS.limit_bytes = CACHE_BYTES
-    paths = make_files(arguments.work, arguments.tiles)
+    paths = make_files(arguments.work, arguments.tiles, arguments.files)
     store = arguments.out / "cells.json"
     cells = [Cell(**each) for each in json.loads(store.read_text())["cells"]] if store.is_file() else []
     done = {(cell.mode, cell.file, cell.size) for cell in cells}
@@ -356,9 +376,8 @@ def main(words: Sequence[str] | None = None) -> int:
     for path in paths:
         for mode in arguments.modes:
             for size in arguments.sizes:
-                wanted = not arguments.files or path.stem in arguments.files
                 late = time.perf_counter() - began > arguments.seconds
-                if not wanted or late or (mode, path.stem, size) in done:
+                if late or (mode, path.stem, size) in done:
                     continue
                 cells += measure(mode, path, size)
                 forget(path)
