@@ -14,7 +14,7 @@ from packaging.version import Version
 import dinov3geo
 
 # Names that differ between PyPI and conda-forge.
-CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base", "netCDF4": "netcdf4"}
 # Names that differ between PyPI and the import.
 IMPORT_NAMES = {
     "faiss-cpu": "faiss",

@@ -15,6 +15,7 @@ from torchgeo.datasets.utils import disambiguate_timestamp
 
 from dinov3geo.errors import DataError
 from dinov3geo.rasters.blocks import BLOCKS
+from dinov3geo.rasters.cubes import cube_scenes, named_cubes
 from dinov3geo.rasters.inventory import inspect_scenes
 from dinov3geo.rasters.reader import SceneInfo, SceneReader, find_rasters
 from dinov3geo.rasters.sensor import Sensor
@@ -49,7 +50,8 @@ def find_scenes(
     """Lists scenes, at least one.
 
     Args:
-        paths: folder, file, glob, or several of them.
+        paths: as `rasters.reader.find_rasters`, also Zarr stores and NetCDF files (`cube.zarr`,
+            `cube.nc#reflectance` for one of several variables), of which every time step is a scene.
         sensor: whose files count; None takes all.
         bands: names of the sensor's bands; None for all.
         time: first and last moment of interest, anything pandas understands; None for all times.
@@ -59,14 +61,16 @@ def find_scenes(
         RasterError, GeoreferenceError: a file cannot be used.
         DataError: nothing found, bands that do not fit, a date that is none.
     """
-    files = scene_paths(paths, sensor)
-    if sensor is not None and sensor.files:
-        infos = _stacks(files, sensor, bands, paths)
-    else:
-        infos = inspect_scenes(files)
+    cubes, others = _parted(paths)
+    infos: list[SceneInfo] = []
+    if others or not cubes:
+        files = scene_paths(others, sensor)
+        stacked = sensor is not None and sensor.files
+        infos += _stacks(files, sensor, bands, paths) if sensor and stacked else inspect_scenes(files)
+    infos += inspect_scenes(_cube_paths(cubes, sensor, bands))
     if same_bands:
         _check_bands(infos, sensor, bands)
-    records = [SceneRecord(info, _interval(info.path, sensor)) for info in infos]
+    records = [SceneRecord(info, _interval(info, sensor)) for info in infos]
     if time is None:
         return records
     start, stop = (_moment(text) for text in time)
@@ -77,17 +81,20 @@ def find_scenes(
 
 
 def scene_paths(paths: Paths, sensor: Sensor | None) -> list[Path]:
-    """Sorted paths of all files of a sensor.
+    """Sorted paths of all files of a sensor, and of cubes.
 
     Raises:
         RasterError, DataError: nothing found.
     """
+    cubes, paths = _parted(paths)
+    if cubes and not paths:
+        return sorted({file for file, _ in cubes})
     found = find_rasters(paths)
     glob = "*" if sensor is None else sensor.filename_glob
     files = [path for path in found if fnmatch(path.name, glob)]
     if not files:
         raise DataError(f"none of {len(found)} rasters in {paths} is named {glob!r}")
-    return files
+    return sorted({*files, *(file for file, _ in cubes)})
 
 
 def band_positions(sensor: Sensor, bands: Sequence[str] | None) -> list[int]:
@@ -142,8 +149,36 @@ def _check_bands(infos: Sequence[SceneInfo], sensor: Sensor | None, bands: Seque
         )
 
 
-def _interval(path: Path, sensor: Sensor | None) -> Interval:
-    """When a file's name says it was seen."""
+def _parted(paths: Paths) -> tuple[list[tuple[Path, str]], list[str | Path]]:
+    """Cubes with the variable that is named, and everything else."""
+    cubes, others = [], []
+    for spec in [paths] if isinstance(paths, str | Path) else paths:
+        named = named_cubes(spec)
+        cubes += named
+        others += [] if named else [spec]
+    return cubes, others
+
+
+def _cube_paths(
+    cubes: Sequence[tuple[Path, str]], sensor: Sensor | None, bands: Sequence[str] | None
+) -> list[Path]:
+    """Every time step of some cubes, with the bands in the order in which the sensor's scenes have them."""
+    wanted: list[tuple[str, ...]] = []
+    if sensor is not None and sensor.files:
+        tokens = {band.name: token for band, token in zip(sensor.bands, sensor.files, strict=True)}
+        wanted = [(band.name, tokens[band.name]) for band in sensor.select(bands)]
+        if sensor.quality is not None:
+            wanted.append((sensor.quality.file,))
+    elif sensor is not None:
+        wanted = [(name,) for name in sensor.band_names]
+    return [path for file, variable in cubes for path in cube_scenes(file, variable, wanted)]
+
+
+def _interval(info: SceneInfo, sensor: Sensor | None) -> Interval:
+    """When the file, or else its name, says that it was seen."""
+    path = info.path
+    if info.moment is not None:
+        return pd.Timestamp(info.moment), pd.Timestamp(info.moment)
     if sensor is None:
         return ALWAYS
     match = re.match(sensor.filename_regex, path.name, re.VERBOSE)

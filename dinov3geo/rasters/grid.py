@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyproj
@@ -51,8 +52,8 @@ class PixelGrid:
     width: int
 
     @classmethod
-    def from_dataset(cls, dataset: DatasetReader | WarpedVRT) -> PixelGrid:
-        """Reads the grid of an open raster.
+    def from_dataset(cls, dataset: DatasetReader | WarpedVRT | Any) -> PixelGrid:  # noqa: ANN401
+        """Reads the grid of an open raster, of rasterio or with the same attributes.
 
         Raises:
             GeoreferenceError: the raster has no CRS, no affine transform (ground control points alone do

@@ -21,6 +21,7 @@ from rasterio.windows import Window
 
 from dinov3geo.errors import DataError, RasterError
 from dinov3geo.rasters.blocks import Block, BlockCache, block_side, read_through, worth_keeping
+from dinov3geo.rasters.cubes import open_cube
 from dinov3geo.rasters.grid import PixelGrid, aligned_window
 from dinov3geo.rasters.lists import gdal_address, listed_rasters
 from dinov3geo.rasters.sensor import Quality
@@ -49,6 +50,7 @@ class SceneInfo:
         band_names: descriptions per band, "" where there is none.
         colours: colour interpretation per band, e.g. "red", "gray", "alpha", "undefined".
         source: what GDAL opens where that is not the file itself, e.g. the text of a virtual raster.
+        moment: when it was seen, ISO 8601, where the file itself says so.
     """
 
     path: Path
@@ -59,6 +61,7 @@ class SceneInfo:
     band_names: tuple[str, ...]
     colours: tuple[str, ...]
     source: str | None = None
+    moment: str | None = None
 
 
 def find_rasters(spec: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -67,8 +70,8 @@ def find_rasters(spec: str | Path | Sequence[str | Path]) -> list[Path]:
     Args:
         spec: a folder (searched recursively for *.tif, *.tiff, *.vrt, *.jp2 in any case; hidden files are
             skipped), a file (any name), a glob such as `plots/**/*_rgb.tif`, a list (see
-            `lists.listed_rasters`), a STAC document of local files (`items.json`, or `items.json#visual`
-            for one asset of each item), or a sequence of these.
+            `lists.listed_rasters`), a STAC document (`items.json` or, as STAC-GeoParquet, `items.parquet`;
+            `items.json#visual` for one asset of each item), an address, or a sequence of these.
 
     Returns:
         Sorted paths without duplicates, at least one.
@@ -404,6 +407,9 @@ def _find(spec: str | Path) -> list[Path]:
 
 def _open(path: Path, source: str | None = None) -> DatasetReader:
     """Opens a raster with errors that a user understands."""
+    cube = open_cube(path)
+    if cube is not None:
+        return cast(DatasetReader, cube)
     address = gdal_address(path)
     if source is None and address is None and not path.exists():
         raise RasterError(f"no such file: {path}")
@@ -444,6 +450,7 @@ def _info(path: Path, dataset: DatasetReader) -> SceneInfo:
         nodata=tuple(dataset.nodatavals),
         band_names=tuple(text or "" for text in dataset.descriptions),
         colours=tuple(meaning.name for meaning in dataset.colorinterp),
+        moment=getattr(dataset, "moment", None),
     )
 
 

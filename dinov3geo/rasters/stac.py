@@ -1,4 +1,4 @@
-"""Rasters that a STAC document names: an item, an item collection, or a catalogue of local files."""
+"""Rasters that a STAC document names: an item, a collection of items (JSON or GeoParquet), or a catalogue."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 from dinov3geo.errors import DataError, RasterError
+from dinov3geo.rasters.lists import gdal_address
+from dinov3geo.rasters.parquet import read_table
 
-STAC_SUFFIXES = (".json", ".geojson")
+_TABLE = ".parquet"
+STAC_SUFFIXES = (".json", ".geojson", _TABLE)
 ASSET_MARK = "#"
 """`items.json#visual` takes the asset `visual` of every item."""
 
@@ -31,15 +34,16 @@ def stac_rasters(path: Path, asset: str = "") -> list[Path]:
     """The raster of every item that a document holds or links to.
 
     Args:
-        path: JSON file: an Item, an ItemCollection (FeatureCollection), a Catalog or a Collection.
+        path: JSON file: an Item, an ItemCollection (FeatureCollection), a Catalog or a Collection; or a table
+            of items as STAC-GeoParquet has it.
         asset: key of the asset to take; "" where each item has one raster, or one with the role "data".
 
     Returns:
-        Files in the order of the document.
+        Files, or addresses of GDAL, in the order of the document.
 
     Raises:
         RasterError: the document or a file that it names cannot be read.
-        DataError: no STAC, no or several rasters in an item, or one that is not on this machine.
+        DataError: no STAC, no or several rasters in an item, or an address that GDAL has no name for.
     """
     found = [_raster_of(item, folder, asset, path) for item, folder in _items(path, set())]
     if not found:
@@ -53,6 +57,10 @@ def _items(path: Path, seen: set[Path]) -> Iterator[tuple[Mapping[str, Any], Pat
     if path in seen:
         return
     seen.add(path)
+    if path.suffix.lower() == _TABLE:
+        for item in _rows(path):
+            yield item, path.parent
+        return
     content = _read(path)
     kind = content.get("type")
     if kind == "Feature":
@@ -63,7 +71,7 @@ def _items(path: Path, seen: set[Path]) -> Iterator[tuple[Mapping[str, Any], Pat
     elif kind in ("Catalog", "Collection"):
         for link in content.get("links", []):
             if link.get("rel") in ("item", "child"):
-                yield from _items(_local(str(link.get("href", "")), path.parent, path), seen)
+                yield from _items(_linked(str(link.get("href", "")), path.parent, path), seen)
     else:
         raise DataError(
             f"{path} is no STAC document (type {kind!r}); expected Feature, FeatureCollection, Catalog or "
@@ -83,20 +91,37 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content
 
 
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Items of a table; an asset that only other items have is None in it."""
+    table = read_table(path, "tables of STAC items")
+    if "assets" not in table.column_names:
+        raise DataError(
+            f"{path} has no column assets; expected STAC-GeoParquet, it has {', '.join(table.column_names)}"
+        )
+    for row in table.select([name for name in ("id", "assets") if name in table.column_names]).to_pylist():
+        assets = row.get("assets") or {}
+        yield {**row, "assets": {key: _filled(one) for key, one in assets.items() if one is not None}}
+
+
+def _filled(asset: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An asset without the keys that only other assets have."""
+    return {key: value for key, value in asset.items() if value is not None}
+
+
 def _raster_of(item: Mapping[str, Any], folder: Path, asset: str, document: Path) -> Path:
     name = f"item {item.get('id', '?')!r} of {document}"
     assets: Mapping[str, Any] = item.get("assets") or {}
     if asset:
         if asset not in assets:
             raise DataError(f"{name} has no asset {asset!r}; it has: {', '.join(sorted(assets)) or 'none'}")
-        return _local(str(assets[asset].get("href", "")), folder, document)
+        return _address(str(assets[asset].get("href", "")), folder, document)
     rasters = {key: one for key, one in assets.items() if _is_raster(one)}
     main = [key for key, one in rasters.items() if "data" in one.get("roles", ())]
     keys = main if len(main) == 1 else list(rasters)
     if len(keys) != 1:
         what = f"several rasters ({', '.join(sorted(keys))})" if keys else "no raster among its assets"
         raise DataError(f"{name} has {what}; name the asset, e.g. {document.name}{ASSET_MARK}visual")
-    return _local(str(rasters[keys[0]].get("href", "")), folder, document)
+    return _address(str(rasters[keys[0]].get("href", "")), folder, document)
 
 
 def _is_raster(asset: Mapping[str, Any]) -> bool:
@@ -106,13 +131,19 @@ def _is_raster(asset: Mapping[str, Any]) -> bool:
     return looks and not _ASIDE & set(asset.get("roles", ()))
 
 
-def _local(href: str, folder: Path, document: Path) -> Path:
+def _address(href: str, folder: Path, document: Path) -> Path:
+    """A file of this machine, or what GDAL opens elsewhere."""
+    elsewhere = gdal_address(href)
+    return _linked(href, folder, document) if elsewhere is None else Path(elsewhere)
+
+
+def _linked(href: str, folder: Path, document: Path) -> Path:
     """The file of an address."""
     parts = urlsplit(href)
     if len(parts.scheme) > 1 and parts.scheme != "file":
         raise DataError(
-            f"{document} names {href}, which is not on this machine; fetch the files first and make the "
-            "addresses relative to the document"
+            f"{document} names {href}, which is neither on this machine nor a raster that GDAL reads by "
+            "address (https, s3, gs, az); fetch the files first"
         )
     if not href:
         raise DataError(f"{document} has an asset or link without an address (href)")

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dinov3geo.cli import main
+from dinov3geo.config import load_config
 from dinov3geo.data.mixture import DataSettings, SourceSettings, chip_loader, open_sources
 from dinov3geo.data.scenes import SceneDataset
 from dinov3geo.errors import RasterError
@@ -83,6 +85,32 @@ def test_a_training_reads_addresses_and_lists_of_them(cog, write_raster, tmp_pat
         assert len(dataset) == (2 if path == "list.txt" else 1)
         batch = next(iter(chip_loader([dataset], settings, batch_size=2, seed=0)))
         assert batch["valid"].all() and batch["image"].float().std() > 0
+
+
+def test_pretraining_reads_stac_tables_of_local_and_remote_items(cog, write_raster, tmp_path):
+    """From YAML, with one item on a server and one beside the table."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    address, _ = cog
+    write_raster("b.tif", shape=(3, 64, 64), pixel_size=0.5, origin=(500_000, 3_280_000))
+    hrefs = {"far": {"visual": {"href": address}}, "near": {"data": {"href": "b.tif", "roles": ["data"]}}}
+    for key, assets in hrefs.items():
+        next(iter(assets.values()))["type"] = "image/tiff; application=geotiff"
+        assets["thumbnail"] = {"href": f"{key}.png", "type": "image/png", "roles": ["thumbnail"]}
+    rows = [{"id": key, "type": "Feature", "assets": assets} for key, assets in hrefs.items()]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "items.parquet")
+    head = "{prototypes: 32, hidden: 16, bottleneck: 8}"
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "steps: 3\nbatch_size: 4\nthreads: 1\nmodel: {variant: vit_tiny}\n"
+        f"data:\n  root: {tmp_path}\n  chip_size: 48\n  workers: 1\n  sources: [{{path: items.parquet}}]\n"
+        "crops: {global_size: 32, local_size: 16, local_count: 1}\n"
+        f"losses: {{dino_head: {head}, ibot_head: {head}}}\n"
+    )
+    (dataset,) = open_sources(load_config(config).data)
+    assert len(dataset) == 2
+    assert main(["pretrain", str(config), "--out", str(tmp_path / "run")]) == 0
+    assert main(["pretrain", str(config), "--set", "data.sources=[{path: 'items.parquet#red'}]"]) == 2
 
 
 def test_what_is_not_there_is_told(server):

@@ -73,7 +73,7 @@ def test_one_of_several_assets_is_named(tmp_path, rasters):
         ('{"type": "Topology"}', "no STAC document"),
         ('{"type": "FeatureCollection", "features": []}', "names no STAC item"),
         (json.dumps(item("a")), "no raster among its assets"),
-        (json.dumps(item("a", data=asset("s3://bucket/a.tif"))), "not on this machine"),
+        (json.dumps(item("a", data=asset("ftp://host/a.tif"))), "neither on this machine"),
         (json.dumps(item("a", data=asset(""))), "without an address"),
     ],
 )
@@ -82,6 +82,24 @@ def test_what_is_no_stac_of_local_files_is_refused(tmp_path, content, words):
     document.write_text(content)
     with pytest.raises(DataError, match=words):
         find_rasters(document)
+
+
+def test_remote_rasters_become_addresses_of_gdal(tmp_path, rasters):
+    items = [item("a", data=asset("s3://bucket/a.tif")), item("b", data=asset("images/b.tif"))]
+    document = save(tmp_path / "items.json", {"type": "FeatureCollection", "features": items})
+    assert find_rasters(document) == sorted([Path("/vsis3/bucket/a.tif"), rasters[0]])
+
+
+def test_tables_that_hold_no_items_are_refused(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "items.parquet"
+    parquet.write_table(arrow.table({"id": ["a"], "geometry": [b""]}), path)
+    with pytest.raises(DataError, match=r"no column assets; expected STAC-GeoParquet, it has id, geometry"):
+        find_rasters(path)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        find_rasters(path)
 
 
 def test_missing_files_are_named(tmp_path):
