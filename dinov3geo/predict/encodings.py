@@ -16,6 +16,9 @@ from dinov3geo.rasters.geotiff import Layer
 INTEGERS: Mapping[str, tuple[str, float, float]] = {"dm": ("uint16", 0.1, 65535), "m": ("uint8", 1.0, 255)}
 """Whole numbers for heights: type, metres per step, nodata."""
 
+FINEST_M = 2.0**-14
+"""Heights are stored in steps of 0.06 mm: finer digits are noise, and more than a quarter of a file."""
+
 PALETTE = (
     (31, 119, 180), (255, 187, 120), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75),
     (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207), (174, 199, 232), (152, 223, 138),
@@ -47,6 +50,8 @@ def height_encoding(
 ) -> Encoding:
     """Heights in metres, or as whole decimetres or metres; a second band tells how sure they are.
 
+    Metres are rounded to steps of `FINEST_M`.
+
     Args:
         output: of the head.
         integer: a name in `INTEGERS`, or None for the head's own type.
@@ -61,12 +66,17 @@ def height_encoding(
     dtype, step, nodata = INTEGERS[integer] if integer else (output.dtype, 1.0, output.nodata)
     names = (output.name.replace("_", " "), "spread over flips and turns")[: 1 + uncertainty]
     top = np.iinfo(dtype).max - 1 if integer else None
+    finest = FINEST_M if output.unit == "m" and dtype == "float32" else None
 
     def encode(values: Floats, valid: Mask) -> Array:
         stored: Array = values
         if top is not None:
             # A map of whole numbers cannot hold what lies beyond its range; nodata stays apart.
             stored = np.clip(np.rint(np.where(valid, values, 0) / step), 0, top).astype(dtype)
+        elif finest:
+            # A power of two: both products are exact.
+            np.rint(values * np.float32(1 / finest), out=values)
+            values *= np.float32(finest)
         stored[:, ~valid] = nodata
         return stored
 

@@ -108,14 +108,20 @@ class RowRing:
         """
         assert self.first_row <= row and row + values.shape[1] <= self.first_row + len(self.weights)
         columns = slice(col, col + values.shape[2])
+        whole = bool(valid.all())
         for ring, block in self._pieces(row, values.shape[1]):
             known = valid[block]
-            total = self.weights[ring, columns]
-            total += np.where(known, weights[block], np.float32(0))
-            share = np.divide(weights[block], total, out=np.zeros_like(total), where=known)
-            means = self.means[:, ring, columns]
-            # A value where there is no data may be anything, NaN included: it must not reach the means.
-            means += share * np.where(known, values[:, block] - means, np.float32(0))
+            total, means = self.weights[ring, columns], self.means[:, ring, columns]
+            if whole:
+                total += weights[block]
+                change = values[:, block] - means
+                change *= weights[block] / total
+            else:
+                total += np.where(known, weights[block], np.float32(0))
+                share = np.divide(weights[block], total, out=np.zeros_like(total), where=known)
+                # A value where there is no data may be anything, NaN included: it must not reach the means.
+                change = share * np.where(known, values[:, block] - means, np.float32(0))
+            means += change
             self.valid[ring, columns] |= known
 
     def take(self, stop_row: int) -> Iterator[tuple[int, Floats, Mask]]:

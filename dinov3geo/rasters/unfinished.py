@@ -69,7 +69,8 @@ class Statistics:
             if known.size:
                 found.count[band] = known.size
                 found.total[band] = float(known.sum(dtype=np.float64))
-                found.squares[band] = float(np.square(known, dtype=np.float64).sum())
+                # In one pass, without an array of squares.
+                found.squares[band] = float(np.einsum("i,i->", known, known, dtype=np.float64))
                 found.minimum[band], found.maximum[band] = float(known.min()), float(known.max())
         return found
 

@@ -20,6 +20,7 @@ from dinov3geo.errors import ConfigError, DataError, GeoreferenceError, RasterEr
 from dinov3geo.features.extract import extract_feature_maps
 from dinov3geo.heads.canopy import CanopyModel
 from dinov3geo.predict import products
+from dinov3geo.predict.encodings import FINEST_M
 from dinov3geo.predict.products import predict_canopy, predict_features
 from dinov3geo.predict.runners import canopy_runner
 from dinov3geo.rasters.grid import blend_weights
@@ -102,7 +103,9 @@ def test_a_scene_of_one_tile_equals_the_model_itself(
     numbers = torch.from_numpy(read(scene)[0])[None]
     with torch.no_grad():
         expected = model.predict(numbers, torch.ones(1, 40, 75, dtype=torch.bool))
-    np.testing.assert_allclose(read(tmp_path / "out.tif")[0][0], expected[0, 0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        read(tmp_path / "out.tif")[0][0], expected[0, 0].numpy(), atol=FINEST_M / 2 + 1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 97), (3, 131, 1), (3, 67, 101)])
@@ -418,7 +421,7 @@ def test_a_tile_of_a_large_scene_equals_a_scene_of_that_tile(
     predict_canopy(cut, tmp_path / "cut_out.tif", model=model, tile=64, overlap=0)
     with rasterio.open(tmp_path / "large_out.tif") as dataset:
         part = dataset.read(window=Window(64, 64, 64, 64))
-    np.testing.assert_allclose(part, read(tmp_path / "cut_out.tif")[0], atol=1e-5)
+    np.testing.assert_allclose(part, read(tmp_path / "cut_out.tif")[0], atol=FINEST_M + 1e-5)
 
 
 class Interrupted(BaseException):
