@@ -23,16 +23,22 @@ from dinov3geo.commands.options import (
     Changes,
     Compile,
     Device,
+    DryRun,
     Engine,
     Epochs,
     Heights,
     Images,
+    MapOutput,
+    ModelFolder,
+    NoSidecars,
     Overlap,
     Overwrite,
     Precision,
+    Scenes,
     Seed,
     Tile,
     command_line,
+    scenes_at_once,
 )
 from dinov3geo.errors import ConfigError
 
@@ -45,9 +51,6 @@ if TYPE_CHECKING:
 canopy = typer.Typer(help="Canopy height in metres.", no_args_is_help=True)
 
 PRODUCT = "canopy_height"
-
-RAY_SCENES = 4
-"""Scenes whose rows are on a cluster at once: small ones alone would not keep its workers busy."""
 
 Model = Annotated[
     str | None,
@@ -64,15 +67,13 @@ def fit(
     context: typer.Context,
     images: Images,
     heights: Heights,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.", show_default=False)],
+    out: ModelFolder,
     backbone: Backbone = None,
     epochs: Epochs = None,
     seed: Seed = None,
     changes: Changes = None,
     cache: Cache = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print settings and the pairs found; fit nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit a head on a frozen backbone to images and heights."""
@@ -221,15 +222,8 @@ def evaluate(
 @canopy.command("predict")
 def predict(
     context: typer.Context,
-    scenes: Annotated[
-        list[str], typer.Argument(metavar="SCENE...", help="Files, folders or globs.", show_default=False)
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--output", metavar="OUT", help="A .tif for one scene, else a folder.", show_default=False
-        ),
-    ],
+    scenes: Scenes,
+    output: MapOutput,
     model: Model = None,
     backbone: Annotated[
         str | None,
@@ -262,9 +256,7 @@ def predict(
         typer.Option(metavar="PNG", help="Picture of scene and heights.", show_default="beside the output"),
     ] = None,
     no_preview: Annotated[bool, typer.Option("--no-preview", help="Draw no picture.")] = False,
-    no_sidecars: Annotated[
-        bool, typer.Option("--no-sidecars", help="Write no STAC item, QGIS style and legend.")
-    ] = False,
+    no_sidecars: NoSidecars = False,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -311,9 +303,7 @@ def predict(
             write_sidecars(target, scene=scene)
         return report
 
-    reports = run_all(
-        work, sizes, [scene.name for scene, _ in jobs], at_once=RAY_SCENES if engine == "ray" else 1
-    )
+    reports = run_all(work, sizes, [scene.name for scene, _ in jobs], at_once=scenes_at_once(engine))
     for report in reports:
         warn(report.warnings)
     print_reports(reports)

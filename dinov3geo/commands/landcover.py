@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,7 @@ from dinov3geo.commands.console import (
     print_pairs,
     print_table,
     progress_bar,
+    run_all,
     warn,
 )
 from dinov3geo.commands.options import (
@@ -24,13 +25,19 @@ from dinov3geo.commands.options import (
     Cache,
     Changes,
     Device,
+    DryRun,
     Engine,
     Epochs,
     Images,
+    MapOutput,
+    ModelFolder,
+    NoSidecars,
     Overwrite,
     Precision,
+    Scenes,
     Seed,
     command_line,
+    scenes_at_once,
 )
 from dinov3geo.errors import ConfigError
 
@@ -71,16 +78,14 @@ def fit(
     images: Images,
     masks: Masks,
     classes: Classes,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.", show_default=False)],
+    out: ModelFolder,
     backbone: Backbone = None,
     config: Config = None,
     epochs: Epochs = None,
     seed: Seed = None,
     changes: Changes = None,
     cache: Cache = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print settings and the pairs found; fit nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit a head for classes on a frozen backbone.
@@ -224,15 +229,8 @@ def evaluate(
 @landcover.command("predict")
 def predict(
     context: typer.Context,
-    scenes: Annotated[
-        list[str], typer.Argument(metavar="SCENE...", help="Files, folders or globs.", show_default=False)
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--output", metavar="OUT", help="A .tif for one scene, else a folder.", show_default=False
-        ),
-    ],
+    scenes: Scenes,
+    output: MapOutput,
     model: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder written by `landcover fit`.", show_default=False)
     ],
@@ -261,9 +259,7 @@ def predict(
     ] = None,
     precision: Precision = "auto",
     engine: Engine = "local",
-    no_sidecars: Annotated[
-        bool, typer.Option("--no-sidecars", help="Write no STAC item, QGIS style and legend.")
-    ] = False,
+    no_sidecars: NoSidecars = False,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -273,43 +269,48 @@ def predict(
     """
     from dinov3geo.backbones.device import resolve_device
     from dinov3geo.heads.landcover import load_landcover_model
+    from dinov3geo.predict.jobs import count_tiles
     from dinov3geo.predict.landcover import predict_landcover, write_polygons
     from dinov3geo.predict.sidecars import write_sidecars
-    from dinov3geo.rasters.reader import find_rasters, inspect_scene
+    from dinov3geo.rasters.reader import find_rasters
 
     if polygons not in (None, "gpkg", "parquet"):
         raise ConfigError(f"--polygons takes gpkg or parquet, got {polygons!r}")
     jobs = plan_outputs(find_rasters(scenes), output, product=PRODUCT)
-    for scene, _ in jobs:
-        inspect_scene(scene)
     check_files(jobs, [None] * len(jobs), overwrite=overwrite, sidecars=not no_sidecars)
     classifier = load_landcover_model(model).to(resolve_device(device))
     side = tile or min(int(classifier.card["settings"]["max_window"]), 512)
-    reports = []
-    for scene, target in jobs:
-        with progress_bar(scene.name) as tell:
-            report = predict_landcover(
-                scene,
-                target,
-                model=classifier,
-                uncertainty=beside(target, "uncertainty") if uncertainty else None,
-                probabilities=beside(target, "probabilities") if probabilities else None,
-                tile=side,
-                overlap=side // 4 if overlap is None else overlap,
-                batch_size=batch_size,
-                precision=precision,
-                engine=engine,
-                overwrite=overwrite,
-                progress=tell,
-                command=command_line(context),
-                model_name=str(classifier.card.get("name", "")),
-            )
+    shared = side // 4 if overlap is None else overlap
+    # What is wrong with any scene is found before the first one is worked on.
+    sizes = [count_tiles(scene, side, shared) for scene, _ in jobs]
+
+    def work(number: int, tell: Callable[[int, int], None]) -> LandcoverReport:
+        scene, target = jobs[number]
+        report = predict_landcover(
+            scene,
+            target,
+            model=classifier,
+            uncertainty=beside(target, "uncertainty") if uncertainty else None,
+            probabilities=beside(target, "probabilities") if probabilities else None,
+            tile=side,
+            overlap=shared,
+            batch_size=batch_size,
+            precision=precision,
+            engine=engine,
+            overwrite=overwrite,
+            progress=tell,
+            command=command_line(context),
+            model_name=str(classifier.card.get("name", "")),
+        )
         if polygons is not None:
             write_polygons(target, target.with_suffix(f".{polygons}"), overwrite=overwrite)
         if not no_sidecars:
             write_sidecars(target, scene=scene)
+        return report
+
+    reports = run_all(work, sizes, [scene.name for scene, _ in jobs], at_once=scenes_at_once(engine))
+    for report in reports:
         warn(report.warnings)
-        reports.append(report)
     print_reports(reports, classifier)
 
 

@@ -37,6 +37,21 @@ Precision = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU that gains
 Engine = Annotated[
     str, typer.Option(help="local, or ray: the workers of a Ray cluster (RAY_ADDRESS, else this machine).")
 ]
+Scenes = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SCENE...", help="Files, folders, globs or a STAC collection.", show_default=False
+    ),
+]
+MapOutput = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--output", metavar="OUT", help="A .tif for one scene, else a folder.", show_default=False
+    ),
+]
+ModelFolder = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.", show_default=False)]
+NoSidecars = Annotated[bool, typer.Option("--no-sidecars", help="Write no STAC item, QGIS style and legend.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print settings and the pairs found; fit nothing.")]
 Images = Annotated[
     list[str],
     typer.Option(metavar="DIR|GLOB", help="Images: a folder, glob or file. Repeatable.", show_default=False),
@@ -67,6 +82,14 @@ Cache = Annotated[
 OutputPicture = Annotated[
     Path, typer.Option("-o", "--output", metavar="PNG", help="Picture to write.", show_default=False)
 ]
+
+RAY_SCENES = 4
+"""Scenes whose rows are on a cluster at once: small ones alone would not keep its workers busy."""
+
+
+def scenes_at_once(engine: str) -> int:
+    """Scenes in the making: one here, several on a cluster."""
+    return RAY_SCENES if engine == "ray" else 1
 
 
 def command_line(context: typer.Context) -> str:
