@@ -5,6 +5,7 @@
     python benchmarks/prediction.py overhead scene.tif     # everything but the model, over the model alone
     python benchmarks/prediction.py run ours scene.tif out.tif [--starter]
     python benchmarks/prediction.py seams scene.tif        # jumps across tile borders, by overlap
+    python benchmarks/prediction.py kills scene.tif        # killed at random, taken up again: same bytes?
 
 Every contender runs in a process of its own with the same model, tiles and overlap; PEER=PYTHON names the
 interpreter of a peer that lives in an environment of its own.
@@ -13,6 +14,8 @@ interpreter of a peer that lives in an environment of its own.
 from __future__ import annotations
 
 import argparse
+import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -30,6 +33,7 @@ import torch
 
 from benchmarks.peers import predict_with_geoai, predict_with_terratorch, predict_with_torchgeo
 from benchmarks.scenes import two_block_model
+from dinov3geo.allocator import keep_freed_memory
 from dinov3geo.heads.canopy import CanopyModel, load_canopy_model
 from dinov3geo.predict.checks import ModelInput
 from dinov3geo.predict.jobs import SceneJob, prepare
@@ -91,13 +95,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def in_own_process(name: str, scene: Path, output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs a contender with its interpreter."""
+def run_words(name: str, scene: Path, output: Path, arguments: argparse.Namespace) -> list[str]:
+    """The command that runs a contender."""
     pythons = dict(pair.split("=", 1) for pair in arguments.python)
     words = [pythons.get(name, sys.executable), __file__, "run", name, str(scene), str(output)]
     words += ["--tile", str(arguments.tile), "--overlap", str(arguments.overlap)]
-    words += ["--starter"] if arguments.starter else []
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return words + (["--starter"] if arguments.starter else [])
+
+
+def in_own_process(name: str, scene: Path, output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs a contender with its interpreter."""
+    done = subprocess.run(
+        run_words(name, scene, output, arguments), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return {"name": name, "error": done.stderr.strip().splitlines()[-1] if done.stderr else "?"}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -208,6 +218,49 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"turns": found, "overhead": min(ratios) - 1, "all": [r - 1 for r in ratios]}
 
 
+def kills(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Kills a prediction at random moments, takes it up again, and compares with one that ran through."""
+    rng = np.random.default_rng(0)
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=arguments.scene.parent) as folder:
+        whole, killed = Path(folder) / "whole.tif", Path(folder) / "killed.tif"
+        whole_seconds = in_own_process("ours", arguments.scene, whole, arguments)["seconds"]
+        work = killed.with_name(f".{killed.name}.unfinished")
+        while len(found) < arguments.rounds:
+            process = subprocess.Popen(
+                run_words("ours", arguments.scene, killed, arguments), stdout=subprocess.DEVNULL
+            )
+            while not is_locked(work / "lock") and process.poll() is None:
+                time.sleep(0.01)
+            # So short that the last one still finds work to be killed in.
+            wait = float(rng.uniform(0, 2.5 * whole_seconds / arguments.rounds))
+            try:
+                process.wait(wait)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            journal = work / "journal.jsonl"
+            strips = len(journal.read_text(encoding="utf-8").splitlines()) if journal.exists() else 0
+            found.append({"after_s": wait, "returned": process.returncode, "strips": strips})
+            if process.returncode == 0:
+                break
+        last = in_own_process("ours", arguments.scene, killed, arguments) if work.exists() else found[-1]
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (whole, killed)]
+    return {"kills": found, "last": last, "sha256": digests, "same": digests[0] == digests[1]}
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a work folder: it is at work, not importing."""
+    if not path.exists():
+        return False
+    with path.open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def read_batches(job: SceneJob) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
     """The batches of a scene in memory."""
     with SceneReader(job.scene, bands=job.bands) as reader:
@@ -243,7 +296,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in ("run", "compare", "seams", "overhead"):
+    for verb in ("run", "compare", "seams", "overhead", "kills"):
         own = verbs.add_parser(verb)
         if verb == "run":
             own.add_argument("name", choices=CONTENDERS)
@@ -263,10 +316,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     """Runs a measurement."""
     arguments = parse(words)
+    if getattr(arguments, "name", "ours") == "ours":
+        keep_freed_memory()  # as the command line does
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads:
         torch.set_num_threads(int(threads))
-    verbs = {"run": run, "compare": compare, "seams": seams, "overhead": overhead}
+    verbs = {"run": run, "compare": compare, "seams": seams, "overhead": overhead, "kills": kills}
     found = verbs[arguments.verb](arguments)
     if arguments.verb == "compare":
         print(table(found["results"]))
