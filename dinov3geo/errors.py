@@ -31,6 +31,10 @@ class DataError(UserError, ValueError):
     """Values, bands or files that the task cannot use."""
 
 
+class EmptySceneError(DataError):
+    """A scene without a single valid pixel; among many scenes it may be left out."""
+
+
 class ConfigError(UserError, ValueError):
     """A configuration that cannot be run."""
 

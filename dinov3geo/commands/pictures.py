@@ -99,13 +99,17 @@ def features(
 
     jobs = _feature_files(find_rasters(scenes), output, kind)
     check_folder(jobs[0][1].parent)
-    sizes = [count_tiles(scene, tile, overlap) for scene, _ in jobs]
+    sizes = {scene: count_tiles(scene, tile, overlap) for scene, _ in jobs}
     network, sample = load_network(backbone, device), None
     if len(jobs) > 1 and (pca is not None or dtype == "int8"):
         with progress_bar("sample") as tell:
             files = [scene for scene, _ in jobs]
-            sample = sample_scenes(
+            sample, empty = sample_scenes(
                 files, network, image_scale=image_scale, tile=tile, overlap=overlap, progress=tell
+        if empty:
+            names = ", ".join(map(str, empty))
+            warn([f"{len(empty)} of {len(files)} scenes hold no valid pixel and are left out: {names}"])
+        jobs = [(scene, target) for scene, target in jobs if scene not in empty]
             )
 
     def work(number: int, tell: Callable[[int, int], None]) -> FeatureReport:
@@ -127,7 +131,11 @@ def features(
             command=command_line(context),
         )
 
-    reports = run_all(work, sizes, [scene.name for scene, _ in jobs])
+    reports = run_all(
+        work,
+        [sizes[scene] for scene, _ in jobs],
+        [scene.name for scene, _ in jobs],
+    )
     for report in reports:
         warn(report.warnings)
     _print_features(reports)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from rasterio.windows import Window
 
-from dinov3geo.errors import DataError, UnknownNameError
+from dinov3geo.errors import DataError, EmptySceneError, UnknownNameError
 from dinov3geo.predict.encodings import Encoding
 from dinov3geo.predict.stream import Array, Floats, Mask, RunTiles, output_shape, stream_rows
 from dinov3geo.rasters.geotiff import GeoTiffWriter, block_cache
@@ -168,7 +168,7 @@ def write_maps(
         for writer in writers:
             writer.flush()
         if not any(writers[0].statistics.count):
-            raise DataError(
+            raise EmptySceneError(
                 f"scene {task.scene} holds no valid pixel: all of it is nodata; nothing was written"
             )
     counter.finish()

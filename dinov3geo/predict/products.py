@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dinov3geo.backbones.base import Backbone
-from dinov3geo.errors import ConfigError
+from dinov3geo.errors import ConfigError, DataError, EmptySceneError
 from dinov3geo.features.extract import pixels_per_patch, weights_digest
 from dinov3geo.features.store import STORED, StoredType
 from dinov3geo.features.visualize import PcaBasis, fit_pca
@@ -292,7 +292,7 @@ def sample_scenes(
     tile: int = 512,
     overlap: int = 128,
     progress: Callable[[int, int], None] | None = None,
-) -> Floats:
+) -> tuple[Floats, tuple[Path, ...]]:
     """Features of patches from all over a set of scenes, for components that mean the same in all of them.
 
     Args:
@@ -304,21 +304,28 @@ def sample_scenes(
         progress: told about scenes done.
 
     Returns:
-        [N, D], N at most 20,000, about as many from each scene.
+        [N, D], N at most 20,000, about as many from each scene, and the scenes without a valid pixel.
 
     Raises:
-        RasterError, GeoreferenceError, DataError, ConfigError: as `predict_features`.
+        DataError: none of the scenes holds a valid pixel.
+        RasterError, GeoreferenceError, ConfigError: as `predict_features`.
     """
     wanted, stride = ModelInput.of_backbone(backbone), pixels_per_patch(backbone.patch_size, image_scale)
     features = feature_runner(backbone, image_scale=image_scale)
     tiles, patches = (-(-limit // len(scenes)) for limit in (_SAMPLED_TILES, _SAMPLED_PATCHES))
-    found = []
+    found: list[Floats] = []
+    empty: list[Path] = []
     for number, scene in enumerate(scenes, start=1):
         job = prepare(scene, wanted, tile, overlap, 1, stride=stride)
-        found.append(job.sample(features, max_tiles=tiles, max_patches=patches))
+        try:
+            found.append(job.sample(features, max_tiles=tiles, max_patches=patches))
+        except EmptySceneError:
+            empty.append(scene)
         if progress is not None:
             progress(number, len(scenes))
-    return np.concatenate(found)
+    if not found:
+        raise DataError(f"none of the {len(scenes)} scenes holds a valid pixel: all of them are nodata")
+    return np.concatenate(found), tuple(empty)
 
 
 def _check_features(output: Path, dimensions: int, dtype: str, *, is_store: bool) -> None:

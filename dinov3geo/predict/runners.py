@@ -14,7 +14,7 @@ from torch import nn
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.inference import for_inference
 from dinov3geo.backbones.precision import choose_dtype
-from dinov3geo.errors import DataError
+from dinov3geo.errors import DataError, EmptySceneError
 from dinov3geo.features.extract import apply_view, extract_feature_maps, undo_view
 from dinov3geo.features.visualize import PcaBasis
 from dinov3geo.heads.base import HeightModel, OutputSpec
@@ -189,7 +189,7 @@ def sample_features(
         [N, D], N at most `max_patches`, of patches with any valid pixel.
 
     Raises:
-        DataError: the scene holds no valid pixel.
+        EmptySceneError: the scene holds no valid pixel.
     """
     generator = np.random.default_rng(seed)
     starts = [(row, col) for row in plan.row_starts for col in plan.col_starts]
@@ -204,7 +204,7 @@ def sample_features(
         if len(chosen) == max_tiles:
             break
     if not chosen:
-        raise DataError("the scene holds no valid pixel: all of it is nodata")
+        raise EmptySceneError("the scene holds no valid pixel: all of it is nodata")
     return np.concatenate(chosen)
 
 

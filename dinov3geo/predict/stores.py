@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
-from dinov3geo.errors import DataError
+from dinov3geo.errors import EmptySceneError
 from dinov3geo.features.store import StoredType
 from dinov3geo.features.table import TableWriter
 from dinov3geo.features.zarr_writer import ZarrWriter
@@ -63,7 +63,7 @@ def write_store(
                 check_finite(values, valid, task.scene)
                 writer.write(values, valid)
         if not writer.cells:
-            raise DataError(
+            raise EmptySceneError(
                 f"scene {task.scene} holds no valid pixel: all of it is nodata; nothing was written"
             )
     counter.finish()

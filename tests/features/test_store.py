@@ -240,7 +240,11 @@ def test_components_of_a_set_of_scenes_mean_the_same_in_all_of_them(
 
     scenes = [write_raster(f"{k}.tif", shape=(3, 96, 96), seed=k) for k in range(2)]
     options = {"backbone": tiny_backbone, "tile": 96, "overlap": 0}
-    sample = sample_scenes(scenes, **options)
+    empty = write_raster("empty.tif", array=np.zeros((3, 96, 96), np.uint8), nodata=0)
+    sample, left_out = sample_scenes([scenes[0], empty, scenes[1]], **options)
+    assert left_out == (empty,)
+    with pytest.raises(DataError, match="none of the 1 scenes"):
+        sample_scenes([empty], **options)
     assert sample.shape == (72, 24)
     basis = fit_pca(sample, components=3)
     for scene in scenes:
