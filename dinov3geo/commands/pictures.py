@@ -23,12 +23,15 @@ from dinov3geo.commands.options import (
     BatchSize,
     Compile,
     Device,
+    Engine,
     OutputPicture,
     Overlap,
     Overwrite,
+    Scenes,
     Tile,
     command_line,
     load_network,
+    scenes_at_once,
 )
 from dinov3geo.errors import ConfigError, UnknownNameError
 
@@ -50,12 +53,7 @@ Scale = Annotated[
 
 def features(
     context: typer.Context,
-    scenes: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SCENE...", help="Files, folders, globs or a STAC collection.", show_default=False
-        ),
-    ],
+    scenes: Scenes,
     output: Annotated[
         Path,
         typer.Option(
@@ -86,6 +84,7 @@ def features(
     overlap: Overlap = 128,
     batch_size: BatchSize = None,
     compiled: Compile = False,
+    engine: Engine = "local",
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -106,11 +105,11 @@ def features(
             files = [scene for scene, _ in jobs]
             sample, empty = sample_scenes(
                 files, network, image_scale=image_scale, tile=tile, overlap=overlap, progress=tell
+            )
         if empty:
             names = ", ".join(map(str, empty))
             warn([f"{len(empty)} of {len(files)} scenes hold no valid pixel and are left out: {names}"])
         jobs = [(scene, target) for scene, target in jobs if scene not in empty]
-            )
 
     def work(number: int, tell: Callable[[int, int], None]) -> FeatureReport:
         scene, target = jobs[number]
@@ -126,6 +125,7 @@ def features(
             batch_size=batch_size,
             compiled=compiled,
             sample=sample,
+            engine=engine,
             overwrite=overwrite,
             progress=tell,
             command=command_line(context),
@@ -135,6 +135,7 @@ def features(
         work,
         [sizes[scene] for scene, _ in jobs],
         [scene.name for scene, _ in jobs],
+        at_once=scenes_at_once(engine),
     )
     for report in reports:
         warn(report.warnings)

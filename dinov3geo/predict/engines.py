@@ -158,7 +158,7 @@ def write_maps(
         ]
         first_row = min(writer.next_row for writer in writers)
         counter = Counter(task, first_row, progress)
-        with closing(_rows(engine, task, first_row, counter)) as strips:
+        with closing(compute_rows(engine, task, first_row, counter)) as strips:
             for window, values, valid in strips:
                 check_finite(values, valid, task.scene)
                 for writer, (_, encoding) in zip(writers, outputs, strict=True):
@@ -175,7 +175,7 @@ def write_maps(
     return Outcome(writers[0].statistics, counter.done - counter.before)
 
 
-def _rows(engine: str, task: TileTask, first_row: int, counter: Counter) -> Strips:
+def compute_rows(engine: str, task: TileTask, first_row: int, counter: Counter) -> Strips:
     """Rows from one on, computed here or on a cluster."""
     stop = task.shape_hw[0]
     if engine == "ray":

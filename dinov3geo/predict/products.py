@@ -197,6 +197,7 @@ def predict_features(
     batch_size: int | None = None,
     compiled: bool = False,
     sample: Floats | None = None,
+    engine: str = "local",
     overwrite: bool = False,
     progress: Progress | None = None,
     command: str = "",
@@ -221,6 +222,7 @@ def predict_features(
         compiled: see `predict_canopy`.
         sample: [N, D] features that components and the scale of 8-bit numbers are fitted on, the same for
             all scenes of a set (`sample_scenes`); None for patches of this scene.
+        engine: see `predict_canopy`.
         overwrite: whether an existing output may be replaced.
         progress: told about tiles done.
         command: written into the file's tags.
@@ -232,6 +234,7 @@ def predict_features(
     """
     began = time.perf_counter()
     scene, output = Path(scene), Path(output)
+    check_engine(engine)
     wanted = ModelInput.of_backbone(backbone)
     stride = pixels_per_patch(backbone.patch_size, image_scale)
     is_store = output.suffix.lower() in WRITERS
@@ -265,12 +268,11 @@ def predict_features(
     task = job.task(make_runner, len(names))
     if is_store:
         store = functools.partial(write_store, output, task, job.cells, names, stored, attributes=tags)
-        tiles, patches = store(job=facts, overwrite=overwrite, progress=progress)
+        tiles, patches = store(job=facts, engine=engine, overwrite=overwrite, progress=progress)
     else:
         encoding = feature_encoding(names, stored, tags=tags)
-        outcome = write_map(
-            output, task, job.cells, encoding, job=facts, overwrite=overwrite, progress=progress
-        )
+        write = functools.partial(write_map, output, task, job.cells, encoding)
+        outcome = write(job=facts, engine=engine, overwrite=overwrite, progress=progress)
         tiles, patches = outcome.tiles, outcome.statistics.count[0]
     return FeatureReport(
         output=output,

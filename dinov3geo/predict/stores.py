@@ -11,7 +11,15 @@ from dinov3geo.features.store import StoredType
 from dinov3geo.features.table import TableWriter
 from dinov3geo.features.zarr_writer import ZarrWriter
 from dinov3geo.predict.encodings import feature_encoding
-from dinov3geo.predict.engines import Counter, Progress, TileTask, check_finite, job_name
+from dinov3geo.predict.engines import (
+    Counter,
+    Progress,
+    TileTask,
+    check_engine,
+    check_finite,
+    compute_rows,
+    job_name,
+)
 from dinov3geo.rasters.grid import PixelGrid
 
 WRITERS: dict[str, type[ZarrWriter] | type[TableWriter]] = {".zarr": ZarrWriter, ".parquet": TableWriter}
@@ -27,6 +35,7 @@ def write_store(
     *,
     attributes: dict[str, str],
     job: Mapping[str, object],
+    engine: str = "local",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[int, int]:
@@ -40,6 +49,7 @@ def write_store(
         stored: how they are stored.
         attributes: of the store.
         job: names the backbone and its settings; scene, tiles and types are added.
+        engine: a name in `ENGINES`.
         overwrite: whether an existing store may be replaced.
         progress: told about tiles done.
 
@@ -47,18 +57,19 @@ def write_store(
         Tiles run (those of an earlier run that was cut off are not counted) and patches with data.
 
     Raises:
+        UnknownNameError: no such engine.
         DataError: no valid pixel at all, or a backbone that gives NaN.
         ConfigError: the package that writes such a store is not installed.
         RasterError: the scene cannot be read or the store not written.
     """
+    check_engine(engine)
     make_writer = WRITERS[output.suffix.lower()]
     name = job_name(task, feature_encoding(names, stored, tags={}), job)
     with make_writer(
         output, grid, names, stored, attributes=attributes, job=name, overwrite=overwrite
     ) as writer:
         counter = Counter(task, writer.next_row, progress)
-        rows = task.rows(writer.next_row, task.shape_hw[0], counter.counting(task.make_runner()))
-        with closing(rows) as strips:
+        with closing(compute_rows(engine, task, writer.next_row, counter)) as strips:
             for _, values, valid in strips:
                 check_finite(values, valid, task.scene)
                 writer.write(values, valid)

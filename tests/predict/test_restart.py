@@ -15,7 +15,7 @@ import rasterio
 
 from dinov3geo.commands.console import run_all
 from dinov3geo.heads.canopy import CanopyModel
-from dinov3geo.predict.products import predict_canopy
+from dinov3geo.predict.products import predict_canopy, predict_features
 
 WriteRaster = Callable[..., Path]
 
@@ -29,7 +29,7 @@ from dinov3geo.errors import UserError
 from dinov3geo.heads.base import OutputSpec
 from dinov3geo.heads.canopy import CanopyModel
 from dinov3geo.heads.dpt import DPTHead
-from dinov3geo.predict.products import predict_canopy
+from dinov3geo.predict.products import predict_canopy, predict_features
 
 torch.manual_seed(0)
 backbone = VisionTransformer(VitConfig(24, 2, 2, "mlp", 48, layer_scale=0.5)).eval().requires_grad_(False)
@@ -188,3 +188,27 @@ def test_scenes_that_share_a_cluster_give_the_bytes_of_one_process(
     finally:
         ray.shutdown()
     assert shared == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".tif", ".parquet", ".zarr"])
+def test_features_of_a_cluster_are_those_of_one_process(
+    write_raster: WriteRaster, model: CanopyModel, tmp_path: Path, suffix: str
+) -> None:
+    ray = pytest.importorskip("ray")
+    scene = write_raster("scene.tif", shape=(3, 700, 200))
+
+    def predict(engine: str) -> list[bytes]:
+        target = tmp_path / f"{engine}{suffix}"
+        predict_features(scene, target, backbone=model.backbone, tile=128, overlap=32, engine=engine)
+        files = (
+            [path for path in sorted(target.rglob("*")) if path.is_file()] if target.is_dir() else [target]
+        )
+        return [path.read_bytes() for path in files]
+
+    whole = predict("local")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        assert predict("ray") == whole
+    finally:
+        ray.shutdown()
