@@ -64,6 +64,10 @@ class SourceSettings(BaseModel):
     split: str | None = Field(
         None, description="FILE#NAME of `dinov3geo split`: pixels outside that ground count as no data"
     )
+    in_order: bool = Field(
+        False,
+        description="of shards: chips in the order in which they were packed; they are that run's steps",
+    )
     mixed_resolution: bool = Field(False, description="read files of different pixel size, each in its own")
 
 
@@ -243,6 +247,8 @@ def _open_source(source: SourceSettings, settings: DataSettings) -> SceneDataset
     address = gdal_address(source.path)
     path = settings.root / source.path if address is None else Path(address)
     table = None if source.chips is None else read_chosen(source.chips)
+    if source.in_order and source.kind != "shards":
+        raise ConfigError(f"source {source.path}: in_order is for kind: shards, not for {source.kind}")
     if source.kind != "scenes" and source.draw != DrawSettings():
         raise ConfigError(f"source {source.path}: draw is for scenes, not for kind: {source.kind}")
     if source.kind == "images":
@@ -255,7 +261,8 @@ def _open_source(source: SourceSettings, settings: DataSettings) -> SceneDataset
     if source.kind == "shards":
         if table is not None:
             raise ConfigError("chips names places in scenes or images; it does not go with kind: shards")
-        return Shards(path, chip_size=settings.chip_size, bands=network_bands(settings))
+        bands = network_bands(settings)
+        return Shards(path, chip_size=settings.chip_size, bands=bands, in_order=source.in_order)
     scenes = SceneDataset(
         path,
         sensor=sensor,

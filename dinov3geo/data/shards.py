@@ -42,7 +42,9 @@ class Shards(IndexedChips):
 
     noun = "packed chips"
 
-    def __init__(self, root: str | Path, *, chip_size: int, bands: Sequence[str]) -> None:
+    def __init__(
+        self, root: str | Path, *, chip_size: int, bands: Sequence[str], in_order: bool = False
+    ) -> None:
         """Reads the headers.
 
         Args:
@@ -50,6 +52,7 @@ class Shards(IndexedChips):
             chip_size: side of the chips in pixels; JPEG and PNG images are cut to it, GeoTIFFs must have it.
             bands: that are wanted, in order. A GeoTIFF is asked for them by its band names, where it has
                 names, and must hold just as many where it has none.
+            in_order: whether a run sees the chips in the order in which they were packed.
 
         Raises:
             RasterError: no such file or folder.
@@ -58,6 +61,7 @@ class Shards(IndexedChips):
         self.root = Path(root)
         self.files = _find_shards(self.root)
         self._chip_size = chip_size
+        self._in_order = in_order
         self._bands = tuple(bands)
         places: list[tuple[int, int, int]] = []
         self._names: list[str] = []
@@ -90,6 +94,8 @@ class Shards(IndexedChips):
 
     def order(self, *, seed: int, rank: int, world_size: int) -> Order:
         """Every chip once per epoch; shards are shuffled, and a few at once are mixed chip by chip."""
+        if self._in_order:
+            return _PackedOrder(len(self), seed=seed, rank=rank, world_size=world_size)
         return _ShardOrder(self._counts, seed=seed, rank=rank, world_size=world_size)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -147,6 +153,11 @@ class Shards(IndexedChips):
                 f"{', '.join(self._bands)}; set data.bands, or pack the chips with these bands"
             )
         return list(range(1, opened.count + 1))
+
+
+class _PackedOrder(Endless[int]):
+    def _draw(self, generator: np.random.Generator) -> Sequence[int]:
+        return range(self._epoch_length)
 
 
 class _ShardOrder(Endless[int]):
