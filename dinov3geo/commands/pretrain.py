@@ -164,7 +164,9 @@ def _evaluators(checked: RunSettings) -> dict[str, Evaluator]:
 
     normalization = run_normalization(checked)
     if watch.knn is not None:
-        data = probes.load_labelled(watch.knn, size=watch.knn_size, per_class=watch.knn_per_class)
+        data = probes.load_labelled(
+            watch.knn, size=watch.knn_size, per_class=watch.knn_per_class, hold_out=watch.knn_hold_out
+        )
 
         def knn(backbone: Any) -> dict[str, float]:  # noqa: ANN401 (torch is not loaded here)
             tokens = probes.class_tokens(backbone, data.images, normalization)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +17,7 @@ from dinov3geo.data.indexed import IndexedChips
 from dinov3geo.errors import DataError, RasterError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_HASH_VALUES = 2**64
 
 
 class ImageFolder(IndexedChips):
@@ -31,7 +33,9 @@ class ImageFolder(IndexedChips):
 
     noun = "images"
 
-    def __init__(self, root: str | Path, *, chip_size: int, labels: bool = False) -> None:
+    def __init__(
+        self, root: str | Path, *, chip_size: int, labels: bool = False, hold_out: float = 0.0
+    ) -> None:
         """Lists the files.
 
         Args:
@@ -39,6 +43,8 @@ class ImageFolder(IndexedChips):
             chip_size: side S of the samples in pixels: the shorter side of an image is resized to it
                 (antialiased), the longer one cut about the centre.
             labels: whether samples have a label.
+            hold_out: share of the images that is left out, see `hash_share`: the test part of evaluations
+                that split by file name.
 
         Raises:
             RasterError: no such folder.
@@ -54,6 +60,9 @@ class ImageFolder(IndexedChips):
         self.files = sorted(p for p in below if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not self.files:
             raise DataError(f"no image found in {root}; expected files named *{', *'.join(IMAGE_SUFFIXES)}")
+        self.files = [path for path in self.files if hash_share(path.name) >= hold_out]
+        if not self.files:
+            raise DataError(f"hold_out {hold_out:g} leaves no image of {root}; lower it or add images")
         self.classes = sorted({path.parent.name for path in self.files})
         self._class_indexes = {name: index for index, name in enumerate(self.classes)}
         self._chip_size = chip_size
@@ -84,6 +93,12 @@ class ImageFolder(IndexedChips):
         if self._labels:
             sample["label"] = torch.tensor(self._class_indexes[path.parent.name])
         return sample
+
+
+def hash_share(name: str, *, salt: str = "") -> float:
+    """A number in [0, 1) that depends on the name alone, the same on every machine."""
+    digest = hashlib.sha256(f"{salt}{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / _HASH_VALUES
 
 
 def decode_image(source: Path | IO[bytes], name: str | None = None) -> Image.Image:

@@ -68,6 +68,12 @@ class SourceSettings(BaseModel):
         False,
         description="of shards: chips in the order in which they were packed; they are that run's steps",
     )
+    hold_out: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="of images: share left out by a hash of their names; 0.2: the test part of `classify`",
+    )
     mixed_resolution: bool = Field(False, description="read files of different pixel size, each in its own")
 
 
@@ -254,8 +260,10 @@ def _open_source(source: SourceSettings, settings: DataSettings) -> SceneDataset
     if source.kind == "images":
         if source.split is not None:
             raise ConfigError(f"source {source.path}: images lie nowhere on the ground; split is for scenes")
-        folder = ImageFolder(path, chip_size=settings.chip_size)
+        folder = ImageFolder(path, chip_size=settings.chip_size, hold_out=source.hold_out)
         return folder if table is None else ChosenImages(folder, table)
+    if source.hold_out:
+        raise ConfigError(f"source {source.path}: hold_out is for kind: images; scenes have split")
     sensor = get_sensor(source.sensor or settings.sensor)
     _check_scale(sensor, settings)
     if source.kind == "shards":

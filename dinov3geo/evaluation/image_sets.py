@@ -16,7 +16,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 from torch import Tensor
 
-from dinov3geo.data.image_folder import IMAGE_SUFFIXES, decode_image
+from dinov3geo.data.image_folder import IMAGE_SUFFIXES, decode_image, hash_share
 from dinov3geo.errors import DataError, GeoreferenceError, RasterError, UnknownNameError
 from dinov3geo.rasters.bands import RGB, described_bands, find_bands
 from dinov3geo.rasters.reader import RASTER_SUFFIXES, SceneReader
@@ -24,7 +24,6 @@ from dinov3geo.rasters.reader import RASTER_SUFFIXES, SceneReader
 SUFFIXES = (*IMAGE_SUFFIXES, *RASTER_SUFFIXES)
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
-_HASH_VALUES = float(1 << 64)
 
 Indexes = NDArray[np.int64]
 
@@ -103,12 +102,6 @@ class Split:
     def fitted(self) -> Indexes:
         """Training and validation images together, for the fit that is kept."""
         return np.sort(np.concatenate([self.train, self.validation]))
-
-
-def hash_share(name: str, *, salt: str = "") -> float:
-    """A number in [0, 1) that depends on the name alone, the same on every machine."""
-    digest = hashlib.sha256(f"{salt}{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / _HASH_VALUES
 
 
 def split_images(

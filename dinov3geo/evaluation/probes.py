@@ -41,18 +41,19 @@ class LabelledImages:
     is_test: Tensor
 
 
-def load_labelled(folder: Path, *, size: int, per_class: int) -> LabelledImages:
+def load_labelled(folder: Path, *, size: int, per_class: int, hold_out: float = 0.0) -> LabelledImages:
     """Reads a folder with one sub-folder of images per class.
 
     Args:
         folder: of the classes.
         size: side of the images in pixels.
         per_class: images read of each class, spread evenly over its sorted files.
+        hold_out: share of the images that is not looked at, by a hash of their names.
 
     Raises:
         DataError: fewer than two classes.
     """
-    dataset = ImageFolder(folder, chip_size=size, labels=True)
+    dataset = ImageFolder(folder, chip_size=size, labels=True, hold_out=hold_out)
     if len(dataset.classes) < 2:
         raise DataError(
             f"{folder} has {len(dataset.classes)} class; expected one sub-folder of images per class"

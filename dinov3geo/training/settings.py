@@ -82,6 +82,9 @@ class WatchSettings(BaseModel):
     knn: Path | None = Field(None, description="folder of labelled images, one sub-folder per class")
     knn_size: int = Field(64, gt=0, description="side of those images in pixels")
     knn_per_class: int = Field(200, gt=3, description="images of each class; every fourth is asked for")
+    knn_hold_out: float = Field(
+        0.0, ge=0, lt=1, description="share of those images left out by a hash of their names, as in data"
+    )
     dense_images: Path | None = Field(None, description="folder of images for a probe of patches")
     dense_heights: Path | None = Field(None, description="folder of their canopy heights in metres")
     pictures_every: int | None = Field(None, gt=0, description="steps between pictures of the patch features")

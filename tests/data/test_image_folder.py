@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dinov3geo.data.image_folder import ImageFolder
+from dinov3geo.data.image_folder import ImageFolder, hash_share
 from dinov3geo.errors import DataError, RasterError
 
 
@@ -68,6 +68,18 @@ def test_labels_come_from_the_folder_names(folder):
     assert dataset.classes == ["forest", "lake", "river"]
     assert [int(sample["label"]) for sample in dataset] == [0, 1, 2, 2]
     assert "label" not in ImageFolder(folder, chip_size=8)[0]
+
+
+def test_the_test_part_of_evaluations_can_be_left_out(folder):
+    everything = ImageFolder(folder, chip_size=8)
+    kept = ImageFolder(folder, chip_size=8, hold_out=0.5)
+    assert 0 < len(kept) < len(everything)
+    assert kept.files == [path for path in everything.files if hash_share(path.name) >= 0.5]
+
+
+def test_holding_everything_out_is_refused(folder):
+    with pytest.raises(DataError, match="leaves no image"):
+        ImageFolder(folder, chip_size=8, hold_out=0.999)
 
 
 def test_bad_input_is_named(folder):

@@ -98,6 +98,12 @@ def test_sources_of_another_scale_are_refused(settings: DataSettings) -> None:
         _check_scale(reflectance, settings)
 
 
+def test_scenes_cannot_be_held_out_by_name(settings: DataSettings) -> None:
+    source = settings.sources[0].model_copy(update={"hold_out": 0.2})
+    with pytest.raises(ConfigError, match="hold_out is for kind: images"):
+        open_sources(settings.model_copy(update={"sources": (source,)}))
+
+
 def test_photographs_have_three_bands(settings: DataSettings) -> None:
     two = settings.model_copy(update={"bands": ("red", "green")})
     with pytest.raises(DataError, match="image folders give 3 bands"):
