@@ -105,6 +105,7 @@ def _worker(options: argparse.Namespace) -> list[float]:
 
 
 def _train_ours(options: argparse.Namespace, steps: int, out: Path) -> None:
+    from dinov3geo.allocator import keep_freed_memory
     from dinov3geo.training.settings import TrainSettings
     from dinov3geo.training.trainer import pretrain
 
@@ -128,6 +129,7 @@ def _train_ours(options: argparse.Namespace, steps: int, out: Path) -> None:
             "checkpoints": {"every": 10**9},
         }
     )
+    keep_freed_memory()  # as the command does
     pretrain(settings, out=out)
 
 
