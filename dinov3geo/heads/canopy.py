@@ -13,18 +13,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
 from dinov3geo.data.pairs import RasterPair, Spec, match_pairs
 from dinov3geo.errors import ConfigError, DataError, UnknownNameError, one_line
-from dinov3geo.features.extract import (
-    FeatureCache,
-    apply_view,
-    default_blocks,
-    extract_feature_maps,
-    pixels_per_patch,
-    undo_view,
-)
+from dinov3geo.features.extract import FeatureCache, apply_view, default_blocks, undo_view
 from dinov3geo.heads.base import Head, OutputSpec
 from dinov3geo.heads.context import ContextHead
 from dinov3geo.heads.dpt import DPTHead
@@ -38,6 +30,7 @@ from dinov3geo.heads.folders import (
     read_card,
     save_model,
 )
+from dinov3geo.heads.frozen import FrozenModel, head_map
 from dinov3geo.heads.heights import HeightFitSettings, HeightObjective
 from dinov3geo.heads.registration import find_shift, inner_folds, move_back
 from dinov3geo.heads.samples import StageProgress, build_samples
@@ -152,12 +145,10 @@ class CanopySettings(BaseModel):
 
 
 @dataclass
-class CanopyModel:
+class CanopyModel(FrozenModel[CanopyHead]):
     """Everything that turns an image into heights.
 
     Attributes:
-        backbone: frozen.
-        head: in evaluation mode.
         blocks: numbers of the backbone's blocks that the head reads.
         image_scale: images are made this many times larger for the backbone.
         views: flips and turns that are averaged.
@@ -165,18 +156,11 @@ class CanopyModel:
         card: what is known of the model; see `save_canopy_model`.
     """
 
-    backbone: Backbone
-    head: CanopyHead
     blocks: tuple[int, ...]
     image_scale: float
     views: int
     card: dict[str, Any]
     colours: bool = False
-
-    @property
-    def output(self) -> OutputSpec:
-        """What the numbers mean."""
-        return self.head.output
 
     def predict(self, numbers: Tensor, valid: Tensor | None = None) -> Tensor:
         """Heights of each pixel.
@@ -197,26 +181,15 @@ class CanopyModel:
         return (total / self.views).clamp(self.output.minimum, self.output.maximum)
 
     def _predict_view(self, numbers: Tensor, valid: Tensor | None, view: int) -> Tensor:
-        image = apply_view(numbers, view)
-        maps = extract_feature_maps(
-            self.backbone,
-            image,
+        heights = head_map(
+            self,
+            apply_view(numbers, view),
             None if valid is None else apply_view(valid, view),
             blocks=self.blocks,
             image_scale=self.image_scale,
             colours=self.colours,
         )
-        side = pixels_per_patch(self.backbone.patch_size, self.image_scale)
-        covered_hw = (maps[0].shape[-2] * side, maps[0].shape[-1] * side)
-        with torch.no_grad():
-            heights: Tensor = self.head(maps, covered_hw)
-        return undo_view(heights[..., : image.shape[-2], : image.shape[-1]], view)
-
-    def to(self, device: torch.device | str) -> CanopyModel:
-        """Moves backbone and head in place and returns the model."""
-        self.backbone.to(device)
-        self.head.to(device)
-        return self
+        return undo_view(heights, view)
 
 
 @dataclass(frozen=True, slots=True)

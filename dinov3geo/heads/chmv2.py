@@ -28,6 +28,7 @@ from dinov3geo.backbones.zoo import check_complete, load_backbone, with_hf_setti
 from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.heads.base import Head, OutputSpec
 from dinov3geo.heads.dpt import ResidualUnit
+from dinov3geo.heads.frozen import FrozenModel
 
 CANOPY_HEIGHT = OutputSpec("canopy_height", unit="m", minimum=0.0, maximum=96.0)
 BLOCKS = (5, 11, 17, 23)
@@ -204,25 +205,16 @@ def maps_with_cls(features: Sequence[Features]) -> list[Tensor]:
 
 
 @dataclass
-class Chmv2Model:
-    """Backbone and decoder; predicts like `heads.canopy.CanopyModel`.
+class Chmv2Model(FrozenModel[Chmv2Head]):
+    """Backbone with CHMv2's normalisation and decoder; predicts like `heads.canopy.CanopyModel`.
 
     Attributes:
-        backbone: frozen, with the normalisation of CHMv2 on its card.
-        head: in evaluation mode.
         blocks: numbers of the backbone's blocks that the head reads.
         card: what is known of the model.
     """
 
-    backbone: Backbone
-    head: Chmv2Head
     blocks: tuple[int, ...] = BLOCKS
     card: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def output(self) -> OutputSpec:
-        """What the numbers mean."""
-        return self.head.output
 
     def predict(self, numbers: Tensor, valid: Tensor | None = None) -> Tensor:
         """Heights of each pixel.
@@ -252,12 +244,6 @@ class Chmv2Model:
             heights: Tensor = self.head(maps, (images.shape[-2], images.shape[-1]))
         heights = heights[..., top : top + height, left : left + width]
         return heights.clamp(self.output.minimum, self.output.maximum)
-
-    def to(self, device: torch.device | str) -> Chmv2Model:
-        """Moves backbone and head in place and returns the model."""
-        self.backbone.to(device)
-        self.head.to(device)
-        return self
 
 
 def load_chmv2(path: Path, *, backbone: str | Path | None = None) -> Chmv2Model:

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.zoo import (
     BUNDLED,
@@ -22,7 +24,7 @@ from dinov3geo.backbones.zoo import (
 )
 from dinov3geo.errors import ConfigError, DataError, RasterError, one_line
 from dinov3geo.features.extract import weights_digest
-from dinov3geo.heads.base import Head, OutputSpec
+from dinov3geo.heads.base import OutputSpec
 
 CARD_FORMAT = "dinov3geo-head/1"
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
@@ -31,7 +33,7 @@ HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 def save_model(
     folder: Path,
     backbone: Backbone,
-    head: Head,
+    head: nn.Module,
     card: Mapping[str, Any],
     *,
     what: str,
@@ -161,7 +163,7 @@ def load_model_backbone(folder: Path, card: Mapping[str, Any]) -> Backbone:
     return backbone
 
 
-def load_head_weights(folder: Path, head: Head) -> None:
+def load_head_weights(folder: Path, head: nn.Module) -> None:
     """Fills a head and makes it ready to predict.
 
     Raises:

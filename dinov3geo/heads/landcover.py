@@ -20,7 +20,7 @@ from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
 from dinov3geo.data.labels import ClassScheme, load_label_pair
 from dinov3geo.data.pairs import PairArrays, PairMatch, RasterPair, Spec, match_pairs
 from dinov3geo.errors import ConfigError, DataError, UnknownNameError, one_line
-from dinov3geo.features.extract import FeatureCache, default_blocks, extract_feature_maps, pixels_per_patch
+from dinov3geo.features.extract import FeatureCache, default_blocks
 from dinov3geo.heads.base import Head, OutputSpec
 from dinov3geo.heads.canopy import gsd_range
 from dinov3geo.heads.classes import ClassFitSettings, ClassObjective, loss_weights
@@ -36,6 +36,7 @@ from dinov3geo.heads.folders import (
     read_card,
     save_model,
 )
+from dinov3geo.heads.frozen import FrozenModel, head_map
 from dinov3geo.heads.samples import StageProgress, build_samples
 from dinov3geo.heads.segmentation import BatchNormHead, LinearHead, UPerNetHead
 from dinov3geo.rasters.bands import choose_bands
@@ -98,27 +99,18 @@ class LandcoverSettings(BaseModel):
 
 
 @dataclass
-class LandcoverModel:
+class LandcoverModel(FrozenModel[ClassHead]):
     """Everything that turns an image into class probabilities (a `predict.runners.ClassModel`).
 
     Attributes:
-        backbone: frozen.
-        head: in evaluation mode.
         blocks: numbers of the backbone's blocks that the head reads.
         image_scale: images are made this many times larger for the backbone.
         card: what is known of the model.
     """
 
-    backbone: Backbone
-    head: ClassHead
     blocks: tuple[int, ...]
     image_scale: float
     card: dict[str, Any]
-
-    @property
-    def output(self) -> OutputSpec:
-        """Class names and colours."""
-        return self.head.output
 
     def predict(self, numbers: Tensor, valid: Tensor | None = None) -> Tensor:
         """Class probabilities of each pixel.
@@ -133,21 +125,8 @@ class LandcoverModel:
         Raises:
             DataError: another number of bands than the backbone takes.
         """
-        maps = extract_feature_maps(
-            self.backbone, numbers, valid, blocks=self.blocks, image_scale=self.image_scale
-        )
-        side = pixels_per_patch(self.backbone.patch_size, self.image_scale)
-        covered_hw = (maps[0].shape[-2] * side, maps[0].shape[-1] * side)
-        with torch.no_grad():
-            scores = self.head(maps, covered_hw)[..., : numbers.shape[-2], : numbers.shape[-1]]
-        shares: Tensor = scores.float().softmax(dim=1)
-        return shares
-
-    def to(self, device: torch.device | str) -> LandcoverModel:
-        """Moves backbone and head in place and returns the model."""
-        self.backbone.to(device)
-        self.head.to(device)
-        return self
+        scores = head_map(self, numbers, valid, blocks=self.blocks, image_scale=self.image_scale)
+        return scores.float().softmax(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
