@@ -73,7 +73,7 @@ def benchmark(
             )
         warn(run.notes)
         if run.kept:
-            note(f"{config.name}: {run.kept} encoders were finished before")
+            note(f"{config.name}: {run.kept} parts were finished before")
         rows += run.rows
     rows = distinct_names(rows)
     details = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
@@ -16,7 +16,7 @@ from dinov3geo.commands.console import (
     warn,
 )
 from dinov3geo.commands.options import Backbone, Cache, Changes, Device, Overwrite, Seed, command_line
-from dinov3geo.errors import ConfigError
+from dinov3geo.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +72,7 @@ def fit(
     folder: ClassFolder,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.", show_default=False)],
     backbone: Backbone = None,
-    kind: Annotated[str, typer.Option(help="logistic or knn.")] = "logistic",
+    kind: Annotated[str, typer.Option(help="logistic, knn or attention (pooling of patches).")] = "logistic",
     k: Annotated[int, typer.Option("-k", min=1, help="Neighbours of knn.")] = 20,
     size: Size = 224,
     bands: Bands = None,
@@ -88,12 +88,12 @@ def fit(
     from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
     from dinov3geo.config import load_model
     from dinov3geo.evaluation.classification import ClassificationSettings
-    from dinov3geo.evaluation.classifier import fit_classifier
+    from dinov3geo.evaluation.classifier import Kind, fit_classifier
     from dinov3geo.evaluation.image_sets import class_folders
     from dinov3geo.rasters.sensors import get_sensor
 
-    if kind not in ("logistic", "knn"):
-        raise ConfigError(f"unknown kind {kind!r}; valid names: logistic, knn")
+    if kind not in get_args(Kind):
+        raise UnknownNameError("kind", kind, get_args(Kind))
     settings = load_model(ClassificationSettings, None, changes or [])
     wanted = sensor_bands(bands, sensor)
     name = backbone or DEFAULT_BACKBONE
@@ -110,7 +110,7 @@ def fit(
             # A changed stem makes other weights than those of the name.
             name if sensor is None else "",
             out,
-            kind="knn" if kind == "knn" else "logistic",
+            kind=cast("Kind", kind),
             size=size,
             bands=wanted,
             settings=settings,

@@ -275,6 +275,39 @@ def show_heights(
     print_pairs([("picture", str(output))])
 
 
+@show.command("objects")
+def show_objects(
+    image: Annotated[Path, typer.Argument(help="Picture or raster.", show_default=False)],
+    output: OutputPicture,
+    count: Annotated[int, typer.Option(min=1, max=20, help="Objects to look for at most.")] = 1,
+    threshold: Annotated[
+        float, typer.Option(min=-1, max=1, help="Cosine from which patches are alike.")
+    ] = 0.2,
+    short_side: Annotated[
+        int, typer.Option(min=32, max=1024, help="The image is resized to it before the backbone sees it.")
+    ] = 320,
+    backbone: Backbone = None,
+    device: Device = "auto",
+) -> None:
+    """Draw the objects that a normalised cut of the patches finds, without any label."""
+    from dinov3geo.backbones.inference import for_inference
+    from dinov3geo.evaluation.discovery import draw_objects, object_boxes
+    from dinov3geo.evaluation.frames import patch_encoder
+    from dinov3geo.evaluation.image_sets import read_image
+    from dinov3geo.predict.checks import check_picture
+
+    check_picture(output, sources=[image], overwrite=True)
+    network = load_network(backbone, device)
+    assert network.card is not None
+    numbers = read_image(image, network.card.normalization.bands)
+    encode = patch_encoder(for_inference(network), short_side=short_side)
+    found = object_boxes(numbers, encode, count=count, threshold=threshold)
+    draw_objects(numbers, found, output)
+    rows = [[str(k), *(f"{side:.0f}" for side in box)] for k, (box, _) in enumerate(found, start=1)]
+    print_table(["object", "xmin", "ymin", "xmax", "ymax"], rows)
+    print_pairs([("picture", str(output))])
+
+
 @show.command("landcover")
 def show_landcover(
     classes: Annotated[

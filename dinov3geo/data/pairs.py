@@ -149,13 +149,8 @@ def load_pair(pair: RasterPair, *, bands: Sequence[int] | None = None) -> PairAr
         RasterError: a file is gone or damaged.
         DataError: more than one band of heights, undeclared NaN, or numbers that are no heights in metres.
     """
-    with SceneReader(pair.image, bands=bands) as reader:
-        image, valid = reader.read(pair.window)
-    with SceneReader(pair.target) as reader:
-        if len(reader.bands) != 1:
-            raise DataError(f"{pair.target} has {len(reader.bands)} bands, expected one band of heights")
-        numbers, known = read_on_grid(reader, pair.grid, resampling=_resampling(reader.info.grid, pair.grid))
-    metres = numbers[0].astype(np.float32)
+    numbers = load_number_pair(pair, bands=bands)
+    metres, known = numbers.target, numbers.target_valid
     possible = known & (metres >= LOWEST_M) & (metres <= HIGHEST_M)
     impossible = int(known.sum() - possible.sum())
     if impossible > MAX_IMPOSSIBLE_SHARE * max(int(known.sum()), 1):
@@ -165,7 +160,28 @@ def load_pair(pair: RasterPair, *, bands: Sequence[int] | None = None) -> PairAr
             f"{HIGHEST_M:g} m (from {strange.min():g} to {strange.max():g}); expected canopy height "
             "in metres above ground: declare nodata, convert the unit, or subtract the terrain"
         )
-    return PairArrays(image, valid, np.where(possible, metres.clip(min=0), 0).astype(np.float32), possible)
+    heights = np.where(possible, metres.clip(min=0), 0).astype(np.float32)
+    return PairArrays(numbers.image, numbers.valid, heights, possible)
+
+
+def load_number_pair(pair: RasterPair, *, bands: Sequence[int] | None = None) -> PairArrays:
+    """Reads a pair whose target is any quantity, in its own unit and as float32.
+
+    Args:
+        pair: from `find_pairs`.
+        bands: 1-based image bands; None for all but alpha.
+
+    Raises:
+        RasterError: a file is gone or damaged.
+        DataError: more than one band of the quantity, or undeclared NaN.
+    """
+    with SceneReader(pair.image, bands=bands) as reader:
+        image, valid = reader.read(pair.window)
+    with SceneReader(pair.target) as reader:
+        if len(reader.bands) != 1:
+            raise DataError(f"{pair.target} has {len(reader.bands)} bands, expected one band of heights")
+        numbers, known = read_on_grid(reader, pair.grid, resampling=_resampling(reader.info.grid, pair.grid))
+    return PairArrays(image, valid, numbers[0].astype(np.float32), known)
 
 
 def _partners(images: list[SceneInfo], heights: list[SceneInfo]) -> list[list[int]]:

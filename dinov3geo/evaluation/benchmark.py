@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,16 +19,37 @@ from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.evaluation.bootstrap import bootstrap_accuracy
 from dinov3geo.evaluation.classification import ClassificationSettings, evaluate_encoder
 from dinov3geo.evaluation.correspondence import THRESHOLDS, match_views, read_homography
-from dinov3geo.evaluation.encoders import DEFAULT_SIZE
+from dinov3geo.evaluation.dense import (
+    DenseSettings,
+    check_heads,
+    dense_samples,
+    evaluate_dense,
+    splits_of,
+)
+from dinov3geo.evaluation.dense_encoders import make_dense_encoders
+from dinov3geo.evaluation.dense_sets import DenseSource, load_dense_set
+from dinov3geo.evaluation.discovery import DiscoverySource, correct_localisation
+from dinov3geo.evaluation.encoders import DEFAULT_SIZE, short_digest
 from dinov3geo.evaluation.frames import patch_encoder, pixel_encoder
 from dinov3geo.evaluation.image_sets import read_image, split_images
 from dinov3geo.evaluation.named_encoders import BASELINES, UNTRAINED, Input, make_encoders, untrained
 from dinov3geo.evaluation.results import Row, read_rows, results_text, rows_of
 from dinov3geo.evaluation.sources import Source, load_source, measure
+from dinov3geo.features.extract import FeatureCache
+from dinov3geo.heads.fit import FitSample
 from dinov3geo.paths import written_whole
 
 PIXELS, ALL_BASELINES = "pixels", "baselines"
+WHOLE = "the whole picture"
 Progress = Callable[[str, int, int], None]
+Task = Literal["classification", "correspondence", "segmentation", "regression", "discovery"]
+_KEYS: dict[Task, str] = {
+    "classification": "source",
+    "correspondence": "views",
+    "segmentation": "dense",
+    "regression": "dense",
+    "discovery": "objects",
+}
 
 
 class ViewPairs(BaseModel):
@@ -49,25 +70,32 @@ class BenchmarkConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1)
-    task: Literal["classification", "correspondence"] = "classification"
+    task: Task = "classification"
     encoders: tuple[str, ...] = Field((DEFAULT_BACKBONE, *BASELINES), min_length=1)
     source: Source | None = Field(None, description="for classification")
     views: ViewPairs | None = Field(None, description="for correspondence")
+    dense: DenseSource | None = Field(None, description="for segmentation and regression")
+    objects: DiscoverySource | None = Field(None, description="for discovery")
     size: int | None = Field(DEFAULT_SIZE, ge=1)
     crop_from: int | None = Field(None, ge=1)
     stem: str | None = Field(None, description="kernels of bands that weights do not know: mean or zero")
     settings: ClassificationSettings = Field(default_factory=ClassificationSettings)
+    dense_settings: DenseSettings = Field(default_factory=DenseSettings)
 
-    def needs(self) -> Source | ViewPairs:
+    def needs(self) -> Source | ViewPairs | DenseSource | DiscoverySource:
         """The data of the task.
 
         Raises:
-            ConfigError: the key is missing.
+            ConfigError: the key is missing, or says other than the task.
         """
-        found = self.source if self.task == "classification" else self.views
+        key = _KEYS[self.task]
+        found: Source | ViewPairs | DenseSource | DiscoverySource | None = getattr(self, key)
         if found is None:
-            key = "source" if self.task == "classification" else "views"
             raise ConfigError(f"benchmark {self.name!r}: the task {self.task} needs the key {key!r}")
+        if isinstance(found, DenseSource):
+            meaning = "classes" if self.task == "segmentation" else "quantity"
+            if getattr(found, meaning) is None:
+                raise ConfigError(f"benchmark {self.name!r}: {self.task} needs the key 'dense.{meaning}'")
         return found
 
 
@@ -111,6 +139,10 @@ def run_benchmark(
     device = device or torch.device("cpu")
     if config.task == "correspondence":
         return _correspondence(config, names, device, progress)
+    if config.task == "discovery":
+        return _discovery(config, names, device, progress)
+    if config.task in ("segmentation", "regression"):
+        return _dense(config, parts, names, device, cache, progress)
     return _classification(config, parts, names, device, cache, progress)
 
 
@@ -141,8 +173,8 @@ def _classification(
     kept = 0
     for encoder in make_encoders(names, seen):
         encoder.prepare(images, split.fitted)
-        key = repr((images.stamp, encoder.digest(), encoder.name, settings.model_dump_json(), config.name))
-        path = parts / f"{_file_name(config.name)}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        facts = (images.stamp, encoder.digest(), encoder.name, settings.model_dump_json(), config.name)
+        path = _part_file(parts, config.name, facts)
         if path.is_file():
             kept += 1
         else:
@@ -154,11 +186,67 @@ def _classification(
                 for r in results
                 for row in rows_of(config.name, encoder.name, r.method, r.scores, r.details)
             ]
-            with written_whole(path) as temporary:
-                temporary.write_text(results_text(found, {"notes": left_out}), encoding="utf-8")
+            _keep(path, found, left_out)
         rows += read_rows(path)
         notes += json.loads(path.read_text(encoding="utf-8"))["notes"]
     return BenchmarkRun(tuple(rows), tuple(dict.fromkeys(notes)), kept)
+
+
+def _dense(
+    config: BenchmarkConfig,
+    parts: Path,
+    names: Sequence[str],
+    device: torch.device,
+    cache: Path | None,
+    progress: Progress | None,
+) -> BenchmarkRun:
+    source, settings = config.dense, config.dense_settings
+    assert source is not None
+    check_heads(source, settings)
+    images = load_dense_set(source, name=config.name, max_window=settings.max_window)
+    splits = splits_of(images, settings)
+    # Bands are measured on what no part holds out, or on everything where each place is held out once.
+    seen_in_training = splits[0][0] if len(splits) == 1 else np.arange(len(images))
+    of_training = source.statistics == "train"
+    seen = Input(
+        bands=images.bands,
+        sensor=source.sensor,
+        stem=config.stem,
+        normalization=measure(images, seen_in_training, images.bands) if of_training else None,
+        device=device,
+        seed=settings.seed,
+    )
+    rows: list[Row] = []
+    kept = 0
+    for encoder in make_dense_encoders(names, seen, num_maps=settings.num_maps, lattice=settings.lattice):
+        encoder.prepare(images, seen_in_training)
+        samples: list[list[FitSample]] | None = None
+        for kind in settings.heads:
+            plain = settings.model_copy(update={"heads": (kind,)}).model_dump_json()
+            facts = (images.stamp, images.groups, encoder.digest(), encoder.name, plain, config.name)
+            path = _part_file(parts, config.name, facts)
+            if path.is_file():
+                kept += 1
+            else:
+                samples = samples or dense_samples(
+                    encoder, images, settings, cache=FeatureCache(cache), progress=progress
+                )
+                found = evaluate_dense(
+                    samples, images, source, settings, kind, splits, device=device, progress=progress
+                )
+                _keep(path, rows_of(config.name, encoder.name, kind, found.scores, found.details), [])
+            rows += read_rows(path)
+    return BenchmarkRun(tuple(rows), (), kept)
+
+
+def _part_file(parts: Path, name: str, facts: Sequence[object]) -> Path:
+    """Where a finished part lies; other facts give another name."""
+    return parts / f"{_file_name(name)}_{short_digest(repr(tuple(facts)))[:16]}.json"
+
+
+def _keep(path: Path, rows: Sequence[Row], notes: Sequence[str]) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text(results_text(rows, {"notes": list(notes)}), encoding="utf-8")
 
 
 def _correspondence(
@@ -197,6 +285,25 @@ def _correspondence(
                 )
                 details = {"patches": len(found)}
                 rows += rows_of(data, shown, f"within {limit:g}", {"share_of_patches": share}, details)
+    return BenchmarkRun(tuple(rows), (), 0)
+
+
+def _discovery(
+    config: BenchmarkConfig, names: Sequence[str], device: torch.device, progress: Progress | None
+) -> BenchmarkRun:
+    source, settings = config.objects, config.settings
+    assert source is not None
+    rows: list[Row] = []
+    for name in dict.fromkeys([*names, PIXELS, WHOLE]):
+        if name in BASELINES and name != UNTRAINED:
+            continue  # they have one vector an image, none a patch
+        shown, encode = (
+            (WHOLE, None) if name == WHOLE else _patches(name, source.short_side, device, settings.seed)
+        )
+        tell = None if progress is None else partial(progress, shown)
+        hits = correct_localisation(source, encode, progress=tell)
+        share = bootstrap_accuracy(hits, resamples=settings.resamples, seed=settings.seed)
+        rows += rows_of(config.name, shown, "normalised cut", {"corloc": share}, {"images": len(hits)})
     return BenchmarkRun(tuple(rows), (), 0)
 
 

@@ -15,8 +15,18 @@ from torch import Tensor
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.evaluation import class_metrics as metrics
+from dinov3geo.evaluation.attention_probe import EPOCHS as ATTENTION_EPOCHS
+from dinov3geo.evaluation.attention_probe import RATES as ATTENTION_RATES
+from dinov3geo.evaluation.attention_probe import attention_scores, choose_attention
 from dinov3geo.evaluation.bootstrap import RESAMPLES, Interval, bootstrap
-from dinov3geo.evaluation.encoders import CLS_AND_MEAN, DEFAULT_SIZE, BackboneEncoder, Encoder, encode
+from dinov3geo.evaluation.encoders import (
+    CLS_AND_MEAN,
+    DEFAULT_SIZE,
+    BackboneEncoder,
+    Encoder,
+    encode,
+    encode_patches,
+)
 from dinov3geo.evaluation.fewshot import DRAWS, SHOTS, few_shot
 from dinov3geo.evaluation.image_sets import (
     TEST_SHARE,
@@ -30,8 +40,8 @@ from dinov3geo.evaluation.knn import PAPER_KS, PAPER_TEMPERATURE, majority_votes
 from dinov3geo.evaluation.linear_probe import PAPER_RATES, PAPER_STEPS, fit_linear_probes
 from dinov3geo.evaluation.logistic import fit_logistic, sweep_logistic
 
-Method = Literal["knn", "logistic", "linear", "few-shot"]
-METHODS: tuple[Method, ...] = ("knn", "logistic", "linear", "few-shot")
+Method = Literal["knn", "logistic", "linear", "attention", "few-shot"]
+METHODS: tuple[Method, ...] = ("knn", "logistic", "linear", "attention", "few-shot")
 Progress = Callable[[str, int, int], None]
 Details = Mapping[str, Any]
 
@@ -49,6 +59,10 @@ class ClassificationSettings(BaseModel):
     c_count: int = Field(45, ge=1)
     rates: tuple[float, ...] = Field(PAPER_RATES, min_length=1, description="of the linear probe")
     linear_steps: int = Field(PAPER_STEPS, ge=1)
+    attention_rates: tuple[float, ...] = Field(
+        ATTENTION_RATES, min_length=1, description="of attention pooling, chosen on validation"
+    )
+    attention_epochs: int = Field(ATTENTION_EPOCHS, ge=1)
     shots: tuple[int, ...] = SHOTS
     draws: int = Field(DRAWS, ge=1, description="of the few labelled images")
     few_shot_c: float = Field(1.0, gt=0)
@@ -215,7 +229,14 @@ def evaluate_encoder(
     encoder.prepare(images, split.fitted)
     tell = None if progress is None else lambda done, total: progress(encoder.name, done, total)
     vectors = encode(encoder, images, cache=cache, progress=tell)
-    return evaluate_vectors(vectors, encoder.columns(), images, split, settings, progress=progress)
+    results, notes = evaluate_vectors(vectors, encoder.columns(), images, split, settings, progress=progress)
+    if "attention" not in settings.methods:
+        return results, notes
+    if not isinstance(encoder, BackboneEncoder):
+        return results, [*notes, f"attention was left out: {encoder.name} has one vector per image"]
+    patches = encode_patches(encoder, images, cache=cache, progress=tell)
+    task = _Task(patches, {}, images.labels, len(images.classes), split, settings, progress)
+    return [*results, _attention(task)], notes
 
 
 def evaluate_backbone(
@@ -297,6 +318,23 @@ def _linear(task: _Task) -> MethodResult:
     best = models.best(*task.part(task.split.validation, CLS_AND_MEAN), main_score)
     scores = models.scores(task.part(task.split.test, CLS_AND_MEAN)[0], best)
     return task.result("linear", scores, threshold=0.0, learning_rate=models.rates[best])
+
+
+def _attention(task: _Task) -> MethodResult:
+    """On patches [N, P, D] in the place of vectors."""
+    settings, split = task.settings, task.split
+    parts = [(task.vectors[i], task.labels[i]) for i in (split.train, split.validation)]
+    best = choose_attention(
+        *parts,
+        num_classes=task.classes,
+        score=main_score,
+        rates=settings.attention_rates,
+        epochs=settings.attention_epochs,
+        seed=settings.seed,
+        progress=task.tell("attention"),
+    )
+    scores = attention_scores(best.probe, task.vectors[split.test])
+    return task.result("attention", scores, threshold=0.0, learning_rate=best.rate)
 
 
 def _few_shot(task: _Task, images: ImageSet) -> tuple[list[MethodResult], list[str]]:

@@ -15,12 +15,19 @@ from torch import Tensor, nn
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.errors import ConfigError, DataError, GeoreferenceError
+from dinov3geo.evaluation.attention_probe import (
+    AttentionPooling,
+    attention_scores,
+    choose_attention,
+    fit_attention,
+    num_heads,
+)
 from dinov3geo.evaluation.classification import ClassificationSettings, main_score
-from dinov3geo.evaluation.encoders import CLS, BackboneEncoder, encode
+from dinov3geo.evaluation.encoders import CLS, BackboneEncoder, encode, encode_patches
 from dinov3geo.evaluation.image_sets import ImageSet, files_set, split_images
 from dinov3geo.evaluation.knn import weighted_votes
 from dinov3geo.evaluation.logistic import fit_logistic, sweep_logistic
-from dinov3geo.heads.base import Head, OutputSpec
+from dinov3geo.heads.base import OutputSpec
 from dinov3geo.heads.folders import (
     CARD_FILE,
     check_free,
@@ -37,7 +44,7 @@ PRODUCT = "scene_class"
 TABLE_SUFFIXES = (".csv", ".gpkg")
 _WGS84 = CRS.from_epsg(4326)
 
-Kind = Literal["logistic", "knn"]
+Kind = Literal["logistic", "knn", "attention"]
 
 
 class LinearClasses(nn.Module):
@@ -53,6 +60,19 @@ class LinearClasses(nn.Module):
         """[N, K] of [N, D]; rows sum to 1."""
         weight, bias = cast(Tensor, self.weight), cast(Tensor, self.bias)
         return (vectors @ weight.T + bias).softmax(1)
+
+
+class AttentionClasses(nn.Module):
+    """Probabilities by attention pooling of patches."""
+
+    def __init__(self, probe: AttentionPooling) -> None:
+        """Takes a probe."""
+        super().__init__()
+        self.probe = probe
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[N, K] of [N, P, D]; rows sum to 1."""
+        return attention_scores(self.probe, patches).softmax(1)
 
 
 class NeighbourClasses(nn.Module):
@@ -120,7 +140,7 @@ def fit_classifier(
         backbone: frozen, with a card.
         source: name or path that it was loaded from.
         folder: of the model.
-        kind: logistic regression, or nearest neighbours.
+        kind: logistic regression, nearest neighbours, or attention pooling of patches.
         size: side that images are resized to.
         bands: that were read from rasters.
         settings: grid of C, temperature and shares.
@@ -141,7 +161,7 @@ def fit_classifier(
     encoder = BackboneEncoder(backbone, size=size)
     encoder.prepare(images, split.fitted)
     tell = None if progress is None else lambda done, total: progress("images", done, total)
-    vectors = encode(encoder, images, cache=cache, progress=tell)[:, encoder.columns()[CLS]]
+    vectors = _inputs(encoder, images, kind, cache=cache, progress=tell)
     head, score, chosen = _fit_head(vectors, images, split.train, split.test, kind, k, settings)
     spec = OutputSpec(name=PRODUCT, unit="", class_names=images.classes, dtype="uint8", nodata=255)
     card = model_card(backbone, source, spec) | {
@@ -153,7 +173,7 @@ def fit_classifier(
         "validation_accuracy": score,
         "command": command,
     }
-    save_model(folder, backbone, cast(Head, head), card, what="classification", overwrite=overwrite)
+    save_model(folder, backbone, head, card, what="classification", overwrite=overwrite)
     return SceneClassifier(encoder, head, images.classes, None if bands is None else tuple(bands), score)
 
 
@@ -176,6 +196,25 @@ def _fit_head(
 
         score = main_score(neighbours(vectors[train], labels[train])(validation[0]), validation[1])
         return neighbours(vectors, labels), score, {"k": k, "temperature": settings.temperature}
+    if kind == "attention":
+        best = choose_attention(
+            (vectors[train], labels[train]),
+            validation,
+            num_classes=classes,
+            score=main_score,
+            rates=settings.attention_rates,
+            epochs=settings.attention_epochs,
+            seed=settings.seed,
+        )
+        probe = fit_attention(
+            vectors,
+            labels,
+            num_classes=classes,
+            rate=best.rate,
+            epochs=settings.attention_epochs,
+            seed=settings.seed,
+        )
+        return AttentionClasses(probe), best.score, {"learning_rate": best.rate}
     c, scores = sweep_logistic(
         vectors[train], labels[train], validation, num_classes=classes, score=main_score, cs=settings.cs
     )
@@ -205,9 +244,11 @@ def load_classifier(folder: Path) -> SceneClassifier:
                 k=int(chosen["k"]),
                 temperature=float(chosen["temperature"]),
             )
+        elif card["kind"] == "attention":
+            head = AttentionClasses(AttentionPooling(width, len(classes), num_heads=num_heads(width)))
         else:
             head = LinearClasses(torch.zeros(len(classes), width), torch.zeros(len(classes)))
-        load_head_weights(folder, cast(Head, head))
+        load_head_weights(folder, head)
         bands = None if card["bands"] is None else tuple(card["bands"])
         encoder = BackboneEncoder(backbone, size=int(card["size"]))
         return SceneClassifier(encoder, head, classes, bands, float(card["validation_accuracy"]))
@@ -244,7 +285,8 @@ def classify_files(
     places = [_footprint(file, wanted=wants_place) for file in files]
     blank = torch.zeros(len(files), dtype=torch.long)
     images = files_set("images", files, blank, model.classes, bands=model.bands)
-    vectors = encode(model.encoder, images, progress=progress)[:, model.encoder.columns()[CLS]]
+    kind: Kind = "attention" if isinstance(model.head, AttentionClasses) else "logistic"
+    vectors = _inputs(model.encoder, images, kind, progress=progress)
     with torch.no_grad():
         probabilities = model.head(vectors)
     best = probabilities.argmax(1)
@@ -270,6 +312,20 @@ def classify_files(
         else:
             table.drop(columns="geometry").to_csv(temporary, index=False)
     return table
+
+
+def _inputs(
+    encoder: BackboneEncoder,
+    images: ImageSet,
+    kind: Kind,
+    *,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """What a head of a kind looks at: patches [N, P, D], or class tokens [N, D]."""
+    if kind == "attention":
+        return encode_patches(encoder, images, cache=cache, progress=progress)
+    return encode(encoder, images, cache=cache, progress=progress)[:, encoder.columns()[CLS]]
 
 
 def _footprint(file: Path, *, wanted: bool) -> tuple[Polygon | None, CRS | None]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import Normalization
+from dinov3geo.backbones.features import Features
 from dinov3geo.backbones.inference import for_inference
 from dinov3geo.backbones.store import read_tensors, write_tensors
 from dinov3geo.errors import DataError
-from dinov3geo.evaluation.image_sets import ImageSet, Indexes, resize_image
+from dinov3geo.evaluation.image_sets import ImageSet, Indexes, Readable, resize_image
 from dinov3geo.features.extract import weights_digest
 
 CLS, MEAN_PATCH, CLS_AND_MEAN = "cls", "mean", "cls+mean"
@@ -25,6 +27,7 @@ VECTOR = "vector"
 DEFAULT_SIZE = 224
 _BATCH = 64
 _KEY = "features"
+_FILTERS_AT_ONCE = 32
 
 Progress = Callable[[int, int], None]
 
@@ -115,13 +118,22 @@ class BackboneEncoder:
     @torch.no_grad()
     def __call__(self, numbers: Tensor) -> Tensor:
         """See `Encoder`."""
+        features = self._features(numbers)
+        return torch.cat([features.cls, features.patches.mean(1)], dim=1).float().cpu()
+
+    @torch.no_grad()
+    def patches(self, numbers: Tensor) -> Tensor:
+        """All patches [B, P, D] float16, for heads that look at them one by one; else as the vectors."""
+        return self._features(numbers).patches.half().cpu()
+
+    def _features(self, numbers: Tensor) -> Features:
         if numbers.shape[1] != len(self.bands):
             raise DataError(
                 f"{self.name} takes {len(self.bands)} bands ({', '.join(self.bands)}), "
                 f"but the images have {numbers.shape[1]}"
             )
-        features = self._view(self._normalization(numbers.to(self._device)))
-        return torch.cat([features.cls, features.patches.mean(1)], dim=1).float().cpu()
+        features: Features = self._view(self._normalization(numbers.to(self._device)))
+        return features
 
 
 class ColourStatistics:
@@ -172,7 +184,7 @@ class RandomConvolutions:
         self._scale = torch.ones(1)
         self._digest = ""
 
-    def prepare(self, images: ImageSet, train: Indexes) -> None:
+    def prepare(self, images: Readable, train: Indexes) -> None:
         """Draws the filters from training images scaled to [0, 1] by the largest number among them."""
         from torchgeo.models import RCF
 
@@ -201,10 +213,33 @@ class RandomConvolutions:
 
     def __call__(self, numbers: Tensor) -> Tensor:
         """See `Encoder`."""
+        vectors: Tensor = self._prepared()(numbers / self._scale).clone()
+        return vectors
+
+    @torch.no_grad()
+    def map(self, numbers: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+        """Responses of the filters averaged over the cells of a grid, [D, h, w].
+
+        Args:
+            numbers: [C, H, W].
+            grid_hw: h and w.
+        """
+        model: Any = self._prepared()
+        reach = self._shape[1] // 2
+        image = F.pad((numbers / self._scale)[None], (reach,) * 4, mode="replicate")
+        # Some filters at a time: all responses of a large image would fill the memory.
+        pooled = []
+        for weights, biases in zip(
+            model.weights.split(_FILTERS_AT_ONCE), model.biases.split(_FILTERS_AT_ONCE), strict=True
+        ):
+            found = F.conv2d(image, weights, biases)
+            pooled.append([F.adaptive_avg_pool2d(F.relu(sign * found), grid_hw)[0] for sign in (1, -1)])
+        return torch.cat([half for halves in zip(*pooled, strict=True) for half in halves])
+
+    def _prepared(self) -> torch.nn.Module:
         if self._model is None:
             raise RuntimeError("prepare() comes before the first image")
-        vectors: Tensor = self._model(numbers / self._scale).clone()
-        return vectors
+        return self._model
 
 
 class _Samples:
@@ -258,23 +293,56 @@ def encode(
         kept = cache / f"{short_digest(encoder.digest() + images.stamp)}.safetensors"
         if kept.is_file():
             return read_tensors(kept)[_KEY]
-    done: list[Tensor] = []
-    batch: list[Tensor] = []
-    for index in range(len(images)):
-        image = resize_image(images.read(index), encoder.size, crop_from=encoder.crop_from)
-        if batch and (image.shape != batch[0].shape or len(batch) == batch_size):
-            done.append(encoder(torch.stack(batch)))
-            batch = []
-            if progress is not None:
-                progress(index, len(images))
-        batch.append(image)
-    done.append(encoder(torch.stack(batch)))
+    done = [encoder(batch) for batch in _batches(encoder, images, batch_size, progress)]
     vectors = torch.cat(done).float().contiguous()
     if not torch.isfinite(vectors).all():
         raise DataError(f"{encoder.name} gives vectors that are not finite for {images.name}")
     if kept is not None:
         write_tensors(kept, {_KEY: vectors})
     return vectors
+
+
+def encode_patches(
+    encoder: BackboneEncoder,
+    images: ImageSet,
+    *,
+    cache: Path | None = None,
+    batch_size: int = _BATCH,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Patches of all images, [N, P, D] float16 on the CPU; arguments and errors as in `encode`.
+
+    Raises:
+        DataError: images of different sizes, which have different numbers of patches.
+    """
+    kept = None
+    if cache is not None:
+        kept = cache / f"{short_digest('patches ' + encoder.digest() + images.stamp)}.safetensors"
+        if kept.is_file():
+            return read_tensors(kept)[_KEY]
+    done = [encoder.patches(batch) for batch in _batches(encoder, images, batch_size, progress)]
+    if len({part.shape[1] for part in done}) > 1:
+        raise DataError(f"{images.name} has images of different sizes; attention pooling needs one size")
+    patches = torch.cat(done).contiguous()
+    if kept is not None:
+        write_tensors(kept, {_KEY: patches})
+    return patches
+
+
+def _batches(
+    encoder: Encoder, images: ImageSet, batch_size: int, progress: Progress | None
+) -> Iterator[Tensor]:
+    """Images [B, C, H, W] in their order; those of a batch have one size."""
+    batch: list[Tensor] = []
+    for index in range(len(images)):
+        image = resize_image(images.read(index), encoder.size, crop_from=encoder.crop_from)
+        if batch and (image.shape != batch[0].shape or len(batch) == batch_size):
+            yield torch.stack(batch)
+            batch = []
+            if progress is not None:
+                progress(index, len(images))
+        batch.append(image)
+    yield torch.stack(batch)
 
 
 def short_digest(text: str) -> str:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import rasterio
@@ -26,6 +27,18 @@ TRAIN, VALIDATION, TEST = "train", "val", "test"
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
 
 Indexes = NDArray[np.int64]
+
+
+class Readable(Protocol):
+    """Images of any kind, as far as what learns from their pixels alone wants to know them."""
+
+    @property
+    def read(self) -> Callable[[int], Tensor]:
+        """Gives image i, [C, H, W] in the file's own numbers."""
+
+    @property
+    def stamp(self) -> str:
+        """Changes when the images do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -86,12 +87,22 @@ def make_encoders(names: Sequence[str], seen: Input) -> list[Encoder]:
     """
     seen.check()
     encoders = [make_encoder(name, seen) for name in dict.fromkeys(names)]
+    tell_apart(encoders, list(dict.fromkeys(names)))
+    return encoders
+
+
+class Named(Protocol):
+    """Anything with a name for tables."""
+
+    name: str
+
+
+def tell_apart(encoders: Sequence[Named], names: Sequence[str]) -> None:
+    """Adds the given name where two encoders show the same one: two runs may have given theirs one name."""
     shown = [encoder.name for encoder in encoders]
-    for encoder, name in zip(encoders, dict.fromkeys(names), strict=True):
-        # Two runs may have given their weights one name.
+    for encoder, name in zip(encoders, names, strict=True):
         if shown.count(encoder.name) > 1:
             encoder.name = f"{encoder.name} ({name})"
-    return encoders
 
 
 def make_encoder(name: str, seen: Input) -> Encoder:
@@ -104,6 +115,20 @@ def make_encoder(name: str, seen: Input) -> Encoder:
         return timm_encoder(name, size=seen.size, crop_from=seen.crop_from, device=seen.device)
     if name.startswith(TRANSFORMERS):
         return transformers_encoder(name, size=seen.size, crop_from=seen.crop_from, device=seen.device)
+    backbone, shown = make_backbone(name, seen)
+    return BackboneEncoder(backbone, name=shown, size=seen.size, crop_from=seen.crop_from)
+
+
+def make_backbone(name: str, seen: Input) -> tuple[Backbone, str]:
+    """A frozen network on its device, and its name for tables.
+
+    Args:
+        name: `untrained`, `untrained:VARIANT`, or what `load_backbone` takes.
+        seen: the images.
+
+    Raises:
+        UserError: a name, file or band that cannot be used.
+    """
     if name.partition(":")[0] == UNTRAINED:
         backbone, shown = untrained(name.partition(":")[2], seen), name.replace(":", " ")
     else:
@@ -112,9 +137,7 @@ def make_encoder(name: str, seen: Input) -> Encoder:
         bands = seen.bands if sensor is not None or seen.bands != RGB else None
         backbone = load_backbone(name, bands=bands, sensor=sensor, stem=seen.stem)
         shown = "" if backbone.card is None else backbone.card.name
-    return BackboneEncoder(
-        backbone.to(seen.device), name=shown or name, size=seen.size, crop_from=seen.crop_from
-    )
+    return backbone.to(seen.device), shown or name
 
 
 def untrained(variant: str, seen: Input) -> Backbone:

@@ -92,7 +92,7 @@ def write_results(folder: Path, rows: Sequence[Row], details: Mapping[str, Any])
 def results_text(rows: Sequence[Row], details: Mapping[str, Any]) -> str:
     """The results as JSON; numbers that do not exist are null."""
     report = {"format": RESULTS_FORMAT, **details, "rows": [asdict(row) for row in rows]}
-    return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
+    return json.dumps(finite(report), indent=2, allow_nan=False) + "\n"
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -143,11 +143,12 @@ def _csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+def finite(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+    """A JSON value with null for numbers that do not exist, which JSON cannot write."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
+        return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

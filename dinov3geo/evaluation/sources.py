@@ -22,6 +22,7 @@ from dinov3geo.evaluation.image_sets import (
     VALIDATION,
     ImageSet,
     Indexes,
+    Readable,
     as_tensor,
     class_folders,
     files_set,
@@ -90,7 +91,7 @@ def load_source(source: Source, *, name: str) -> ImageSet:
     return images.limit(source.per_class)
 
 
-def measure(images: ImageSet, indexes: Indexes, bands: Sequence[str] | None) -> Normalization:
+def measure(images: Readable, indexes: Indexes, bands: Sequence[str] | None) -> Normalization:
     """Mean and deviation of each band over training images.
 
     Args:
@@ -136,7 +137,7 @@ def _from_table(
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise RasterError(f"{path} names {len(missing)} files that do not exist, e.g. {missing[0]}")
-    parts = None if table.split is None else [_part(str(row[table.split]), path) for row in rows]
+    parts = None if table.split is None else [part_name(str(row[table.split]), path) for row in rows]
     return files_set(
         name,
         files,
@@ -186,32 +187,56 @@ def _labels(found: Sequence[Sequence[str]], classes: Sequence[str], several: boo
     return torch.tensor([number[names[0]] for names in found])
 
 
-def _part(text: str, path: Path) -> str:
+def part_name(text: str, where: object) -> str:
+    """Our name of a part: train, val or test.
+
+    Raises:
+        UnknownNameError: another word.
+    """
     if text.lower() not in _PARTS:
-        raise UnknownNameError(f"part in {path}", text, _PARTS)
+        raise UnknownNameError(f"part in {where}", text, _PARTS)
     return _PARTS[text.lower()]
 
 
-def _from_torchgeo(source: Source, name: str, bands: Sequence[str] | None) -> ImageSet:
+def open_torchgeo(
+    dataset: str | None, root: Path, splits: Mapping[str, str], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Torchgeo's data sets of each part.
+
+    Args:
+        dataset: class in `torchgeo.datasets`.
+        root: where its files are.
+        splits: our parts and torchgeo's names for them.
+        arguments: further ones of the class.
+
+    Raises:
+        UnknownNameError: no such class.
+        DataError: its files are not there.
+        ConfigError: it takes other arguments.
+    """
     import torchgeo.datasets
 
-    made: Any = getattr(torchgeo.datasets, source.dataset or "", None)
+    made: Any = getattr(torchgeo.datasets, dataset or "", None)
     if not inspect.isclass(made):
         valid = [n for n in torchgeo.datasets.__all__ if inspect.isclass(getattr(torchgeo.datasets, n))]
-        raise UnknownNameError("torchgeo data set", str(source.dataset), valid)
+        raise UnknownNameError("torchgeo data set", str(dataset), valid)
     make = cast(Callable[..., Any], made)
-    sets: list[Any] = []
-    parts: list[str] = []
-    for part, their_name in source.splits.items():
+    sets: dict[str, Any] = {}
+    for part, their_name in splits.items():
         try:
-            opened = make(root=source.root, split=their_name, **source.arguments)
+            sets[part] = make(root=root, split=their_name, **arguments)
         except (torchgeo.datasets.DatasetNotFoundError, OSError) as error:
-            raise DataError(f"torchgeo's {source.dataset} is not in {source.root}: {error}") from error
+            raise DataError(f"torchgeo's {dataset} is not in {root}: {error}") from error
         except (TypeError, AssertionError, ValueError) as error:
-            raise ConfigError(f"torchgeo's {source.dataset} cannot be opened so: {error}") from error
-        sets.append(opened)
-        parts += [_part(part, source.root)] * len(opened)
-    places = [(number, index) for number, opened in enumerate(sets) for index in range(len(opened))]
+            raise ConfigError(f"torchgeo's {dataset} cannot be opened so: {error}") from error
+    return sets
+
+
+def _from_torchgeo(source: Source, name: str, bands: Sequence[str] | None) -> ImageSet:
+    opened = open_torchgeo(source.dataset, source.root, source.splits, source.arguments)
+    sets = list(opened.values())
+    parts = [part_name(part, source.root) for part, found in opened.items() for _ in range(len(found))]
+    places = [(number, index) for number, found in enumerate(sets) for index in range(len(found))]
     labels = torch.stack([torch.as_tensor(_label(sets[n][i], source)) for n, i in places])
     labels = labels.bool() if labels.ndim == 2 else labels.long()
     count = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1

@@ -23,19 +23,21 @@ class LinearHead(Head):
     the optimiser alone gains by it.
     """
 
-    def __init__(self, dims: Sequence[int], *, output: OutputSpec) -> None:
-        """Builds the map; it begins at 0, so that all classes are alike.
+    def __init__(self, dims: Sequence[int], *, output: OutputSpec, typical: float = 0.0) -> None:
+        """Builds the map; it begins as a constant, so that all classes are alike.
 
         Args:
             dims: width of each feature map.
-            output: with class names.
+            output: with class names, or without any for one quantity.
+            typical: the constant, for a quantity its usual size.
         """
         super().__init__()
         self.output = output
         self.standards = nn.ModuleList(Standardize(dim) for dim in dims)
-        self.score = nn.Conv2d(sum(dims), len(output.class_names), 1)
+        self.score = nn.Conv2d(sum(dims), len(output.class_names) or 1, 1)
         nn.init.zeros_(self.score.weight)
-        _zero_bias(self.score)
+        assert self.score.bias is not None
+        nn.init.constant_(self.score.bias, typical)
 
     def fit_statistics(self, maps: Sequence[Sequence[Tensor]]) -> None:
         """Takes mean and deviation of each feature channel; see `fit_standards`."""

@@ -76,7 +76,7 @@ def test_several_bands_and_labels_and_a_second_run_that_goes_on(table, tmp_path,
     colours = {r.method: r.value for r in rows if r.encoder == "colour statistics" and r.main}
     assert colours["kNN k=5, plain"] > 0.7
     assert cli.main([str(w) for w in words]) == 0
-    assert "4 encoders were finished before" in capsys.readouterr().err
+    assert "4 parts were finished before" in capsys.readouterr().err
     assert read_rows(tmp_path / "out" / "results.json") == rows
 
 

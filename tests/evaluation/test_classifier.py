@@ -22,10 +22,11 @@ def chips(tmp_path, write_raster):
     return tmp_path / "chips"
 
 
-@pytest.mark.parametrize("kind", ["logistic", "knn"])
+@pytest.mark.parametrize("kind", ["logistic", "knn", "attention"])
 def test_fit_and_predict(kind, chips, tmp_path, capsys):
     model, words = tmp_path / "model", ["--size", "32", "--cache", tmp_path, "--kind", kind]
     words = ["classify", "fit", chips, "--out", model, *words, "--set", "c_count=4"]
+    words += ["--set", "attention_rates=[1e-3]", "--set", "attention_epochs=5"]
     assert cli.main([str(w) for w in words]) == 0
     assert "dark, light" in capsys.readouterr().out
     assert json.loads((model / "card.json").read_text())["validation_accuracy"] == 1.0
@@ -53,7 +54,7 @@ def test_bad_input_is_one_line(chips, tmp_path, capsys, write_raster):
     predict = ["classify", "predict", chips, "-o", tmp_path / "o.csv", "--model"]
     assert "card" in error_of(*predict, tmp_path / "none")
     fit = ["classify", "fit", chips, "--out", tmp_path / "model", "--size", 32, "--cache", tmp_path]
-    assert "valid names: logistic, knn" in error_of(*fit, "--kind", "forest")
+    assert "valid names: attention, knn, logistic" in error_of(*fit, "--kind", "forest")
     assert cli.main([str(w) for w in [*fit, "--set", "c_count=2"]]) == 0
     capsys.readouterr()
     assert "exists" in error_of(*fit)
