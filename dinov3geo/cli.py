@@ -18,6 +18,7 @@ from dinov3geo.commands.console import note
 from dinov3geo.commands.convert import convert
 from dinov3geo.commands.curate import curate
 from dinov3geo.commands.demo import demo
+from dinov3geo.commands.detect import detect
 from dinov3geo.commands.distill import distill
 from dinov3geo.commands.export import export
 from dinov3geo.commands.landcover import landcover
@@ -54,6 +55,7 @@ app.command()(export)
 app.add_typer(canopy, name="canopy")
 app.add_typer(landcover, name="landcover")
 app.add_typer(classify, name="classify")
+app.add_typer(detect, name="detect")
 app.command()(benchmark)
 app.command()(track)
 app.command()(features)

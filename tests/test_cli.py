@@ -76,6 +76,10 @@ def test_verbs():
         "classify evaluate",
         "classify fit",
         "classify predict",
+        "detect",
+        "detect fit",
+        "detect predict",
+        "detect evaluate",
         "track",
         "benchmark",
         "features",
@@ -85,6 +89,7 @@ def test_verbs():
         "show neighbours",
         "show landcover",
         "show heights",
+        "show objects",
     }
 
 

@@ -22,6 +22,7 @@ IMPORT_NAMES = {
     "pyyaml": "yaml",
     "rio-tiler": "rio_tiler",
     "scikit-learn": "sklearn",
+    "torchgeo-bench": "torchgeo_bench",
 }
 # Only in environment.yml.
 CONDA_ONLY = {"python", "pip"}
