@@ -79,8 +79,10 @@ def put_in_order(rows: list[Tensor], places: list[Tensor]) -> Tensor:
 
     Args:
         rows: [m, K] of each part.
-        places: [m] of each part, from `masked_order`.
+        places: [m] of each part, from `masked_order`; a single part is in order already.
     """
+    if len(rows) == 1:
+        return rows[0]
     ordered = torch.empty_like(joined := torch.cat(rows))
     ordered[torch.cat(places)] = joined
     return ordered
