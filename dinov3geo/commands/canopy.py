@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,7 @@ from dinov3geo.commands.options import (
     Epochs,
     Heights,
     Images,
+    ImagesOrNone,
     MapOutput,
     ModelFolder,
     NoSidecars,
@@ -36,6 +38,7 @@ from dinov3geo.commands.options import (
     Precision,
     Scenes,
     Seed,
+    StoredFeatures,
     Tile,
     command_line,
     scenes_at_once,
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from dinov3geo.features.extract import FeatureCache
     from dinov3geo.heads.base import HeightModel
     from dinov3geo.heads.canopy import CanopySettings
+    from dinov3geo.heads.canopy_report import CanopyFitReport
     from dinov3geo.predict.products import PredictionReport
 
 canopy = typer.Typer(help="Canopy height in metres.", no_args_is_help=True)
@@ -65,9 +69,10 @@ Model = Annotated[
 @canopy.command("fit")
 def fit(
     context: typer.Context,
-    images: Images,
     heights: Heights,
     out: ModelFolder,
+    images: ImagesOrNone = None,
+    features: StoredFeatures = None,
     backbone: Backbone = None,
     epochs: Epochs = None,
     seed: Seed = None,
@@ -76,23 +81,29 @@ def fit(
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fit a head on a frozen backbone to images and heights."""
+    """Fit a head on a frozen backbone to images, or features of theirs, and heights."""
     from dinov3geo.heads.canopy import fit_canopy
+    from dinov3geo.heads.stored import fit_canopy_from_features, open_scenes, required_settings, shared_facts
 
-    settings = read_settings(changes, epochs=epochs, seed=seed)
+    if bool(images) == bool(features):
+        raise ConfigError("give either --images, or --features that were computed from them")
+    if features and (backbone is not None or cache is not None):
+        raise ConfigError("--features say which backbone they are of; leave out --backbone and --cache")
+    required = required_settings(shared_facts(open_scenes(features))) if features else {}
+    settings = read_settings(changes, epochs=epochs, seed=seed, required=required)
     check_folder(out.parent)
     if dry_run:
-        print_plan(images, heights, settings, backbone)
+        print_plan(images, heights, settings, backbone, features)
         return
     with progress_bar("fit") as tell:
-        report = fit_canopy(
-            images,
+        fit_on: Callable[..., CanopyFitReport] = partial(fit_canopy_from_features, features or [])
+        if images:
+            fit_on = partial(fit_canopy, images, backbone=backbone, cache=open_cache(cache))
+        report = fit_on(
             heights,
             out=out,
-            backbone=backbone,
             settings=settings,
             overwrite=overwrite,
-            cache=open_cache(cache),
             command=command_line(context),
             progress=lambda stage, done, total: tell(done, total, label=stage),
         )
@@ -229,7 +240,7 @@ def predict(
         str | None,
         typer.Option(
             metavar="NAME|PATH",
-            help="Satellite ViT-L for a --model that is CHMv2's decoder alone.",
+            help="Weights for a --model without its own: CHMv2's decoder, or one fitted from --features.",
             show_default=False,
         ),
     ] = None,
@@ -370,13 +381,20 @@ def check_files(
             check_picture(picture, sources=(scene, target), overwrite=overwrite)
 
 
-def read_settings(changes: Sequence[str] | None, *, epochs: int | None, seed: int | None) -> CanopySettings:
+def read_settings(
+    changes: Sequence[str] | None,
+    *,
+    epochs: int | None,
+    seed: int | None,
+    required: Mapping[str, float] | None = None,
+) -> CanopySettings:
     """The settings of a fit.
 
     Args:
         changes: `"key=value"` each; they win over the other arguments.
         epochs: passes over the data, or None for the default.
         seed: of everything random, or None for the default.
+        required: further settings by key.
 
     Raises:
         ConfigError: an unknown key or a value that does not fit.
@@ -384,7 +402,7 @@ def read_settings(changes: Sequence[str] | None, *, epochs: int | None, seed: in
     from dinov3geo.config import load_model as load_settings
     from dinov3geo.heads.canopy import CanopySettings
 
-    given = {"fit.seed": seed, "fit.epochs": epochs}
+    given = {"fit.seed": seed, "fit.epochs": epochs, **(required or {})}
     shortcuts = [f"{key}={value}" for key, value in given.items() if value is not None]
     return load_settings(CanopySettings, None, [*shortcuts, *(changes or [])])
 
@@ -408,8 +426,14 @@ def open_cache(folder: Path | None) -> FeatureCache:
     return FeatureCache(folder or default_cache_folder())
 
 
-def print_plan(images: list[str], heights: list[str], settings: CanopySettings, backbone: str | None) -> None:
-    """What a fit would do, on stdout.
+def print_plan(
+    images: list[str] | None,
+    heights: list[str],
+    settings: CanopySettings,
+    backbone: str | None,
+    features: list[str] | None,
+) -> None:
+    """What a fit on images, or else on stored features, would do, on stdout.
 
     Raises:
         UserError: data or backbone cannot be used.
@@ -417,13 +441,21 @@ def print_plan(images: list[str], heights: list[str], settings: CanopySettings, 
     from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, locate_weights
     from dinov3geo.config import dump_model
     from dinov3geo.data.pairs import match_pairs
+    from dinov3geo.heads.stored import check_stored, match_stored, open_scenes, shared_facts
 
-    weights = locate_weights(backbone or DEFAULT_BACKBONE)
-    match = match_pairs(images, heights, max_size=settings.max_window)
+    if images:
+        weights = str(locate_weights(backbone or DEFAULT_BACKBONE))
+        match = match_pairs(images, heights, max_size=settings.max_window)
+    else:
+        scenes = open_scenes(features or [])
+        facts = shared_facts(scenes)
+        check_stored(settings, facts)
+        weights = f"{facts.source or facts.backbone}, not loaded"
+        match = match_stored(scenes, heights, settings)
     print(dump_model(settings))
     print_pairs(
         [
-            ("backbone", str(weights)),
+            ("backbone", weights),
             ("pairs", str(len(match.pairs))),
             ("plots", str(len({pair.group for pair in match.pairs}))),
             ("images without heights", str(len(match.unmatched_images))),

@@ -52,10 +52,20 @@ MapOutput = Annotated[
 ModelFolder = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.", show_default=False)]
 NoSidecars = Annotated[bool, typer.Option("--no-sidecars", help="Write no STAC item, QGIS style and legend.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print settings and the pairs found; fit nothing.")]
-Images = Annotated[
-    list[str],
-    typer.Option(metavar="DIR|GLOB", help="Images: a folder, glob or file. Repeatable.", show_default=False),
+_IMAGES = typer.Option(
+    "--images", metavar="DIR|GLOB", help="Images: a folder, glob or file. Repeatable.", show_default=False
+)
+Images = Annotated[list[str], _IMAGES]
+StoredFeatures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--features",
+        metavar="STORE",
+        help="Instead of images: what `dinov3geo features` wrote. No backbone is loaded. Repeatable.",
+        show_default=False,
+    ),
 ]
+ImagesOrNone = Annotated[list[str] | None, _IMAGES]
 Heights = Annotated[
     list[str],
     typer.Option(

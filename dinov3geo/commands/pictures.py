@@ -92,6 +92,7 @@ def features(
 
     A run that was cut off goes on where it was when the same command is given again.
     """
+    from dinov3geo.backbones.zoo import DEFAULT_BACKBONE
     from dinov3geo.predict.jobs import count_tiles
     from dinov3geo.predict.products import predict_features, sample_scenes
     from dinov3geo.rasters.reader import find_rasters
@@ -129,6 +130,7 @@ def features(
             overwrite=overwrite,
             progress=tell,
             command=command_line(context),
+            source=backbone or DEFAULT_BACKBONE,
         )
 
     reports = run_all(

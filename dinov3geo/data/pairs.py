@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import shapely
@@ -32,12 +32,24 @@ MAX_IMPOSSIBLE_SHARE = 0.01
 _TOLERANCE_PX = 1e-2
 
 
+class Placed(Protocol):
+    """Something on the ground: a raster, or what was computed from one."""
+
+    @property
+    def path(self) -> Path:
+        """File or folder."""
+
+    @property
+    def grid(self) -> PixelGrid:
+        """Of the image's pixels."""
+
+
 @dataclass(frozen=True, slots=True)
 class RasterPair:
     """A window of an image and the grid on which heights or classes are wanted.
 
     Attributes:
-        image: raster file.
+        image: raster file, or a store of its features.
         target: raster file with canopy heights in metres, or with classes.
         window: of the image, in whole pixels; a multiple of `factor` each way.
         factor: k, image pixels per cell of `grid`.
@@ -113,30 +125,31 @@ def match_pairs(
         RasterError, DataError: a file cannot be read, or there are none.
         GeoreferenceError: a file has no usable georeference, or none of the second kind overlaps any image.
     """
-    image_infos = [inspect_scene(path) for path in find_rasters(images)]
+    return match_placed([inspect_scene(path) for path in find_rasters(images)], heights, max_size, what)
+
+
+def match_placed(images: Sequence[Placed], heights: Spec, max_size: int, what: str) -> PairMatch:
+    """`match_pairs` with images that are known by their grids; arguments and errors as there."""
     height_infos = [inspect_scene(path) for path in find_rasters(heights)]
-    groups = _overlap_groups(image_infos)
+    groups = _overlap_groups(images)
     pairs: list[RasterPair] = []
     matched_images: set[int] = set()
     unmatched_targets = []
-    for info, found in zip(height_infos, _partners(image_infos, height_infos), strict=True):
-        own = {i: _pair_windows(image_infos[i], info, groups[i], max_size) for i in found}
+    for info, found in zip(height_infos, _partners(images, height_infos), strict=True):
+        own = {i: _pair_windows(images[i], info, groups[i], max_size) for i in found}
         matched_images.update(i for i, windows in own.items() if windows)
         pairs.extend(pair for windows in own.values() for pair in windows)
         if not any(own.values()):
             unmatched_targets.append(info.path)
     if not pairs:
-        raise GeoreferenceError(_no_overlap_message(image_infos, height_infos, what))
+        raise GeoreferenceError(_no_overlap_message(images, height_infos, what))
     pairs.sort(key=lambda p: (str(p.image), str(p.target), p.window.row_off, p.window.col_off))
-    unmatched_images = tuple(x.path for i, x in enumerate(image_infos) if i not in matched_images)
+    unmatched_images = tuple(x.path for i, x in enumerate(images) if i not in matched_images)
     return PairMatch(tuple(pairs), unmatched_images, tuple(unmatched_targets))
 
 
 def load_pair(pair: RasterPair, *, bands: Sequence[int] | None = None) -> PairArrays:
-    """Reads a pair.
-
-    Heights between -1 and 0 m are the LiDAR's noise and become 0; below -1 and above 120 m a few cells
-    (1 %) are left out as outliers, more are an error.
+    """Reads a pair; heights as `load_heights` says.
 
     Args:
         pair: from `find_pairs`.
@@ -146,11 +159,24 @@ def load_pair(pair: RasterPair, *, bands: Sequence[int] | None = None) -> PairAr
         Image and heights with their masks.
 
     Raises:
-        RasterError: a file is gone or damaged.
+        RasterError, DataError: as `load_heights`, or the image is gone or damaged.
+    """
+    with SceneReader(pair.image, bands=bands) as reader:
+        image, valid = reader.read(pair.window)
+    return PairArrays(image, valid, *load_heights(pair))
+
+
+def load_heights(pair: RasterPair) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Heights of a pair in metres, 0 where not valid, and which are valid, both [H / k, W / k].
+
+    Heights between -1 and 0 m are the LiDAR's noise and become 0; below -1 and above 120 m a few cells
+    (1 %) are left out as outliers, more are an error.
+
+    Raises:
+        RasterError: the file is gone or damaged.
         DataError: more than one band of heights, undeclared NaN, or numbers that are no heights in metres.
     """
-    numbers = load_number_pair(pair, bands=bands)
-    metres, known = numbers.target, numbers.target_valid
+    metres, known = _load_numbers(pair)
     possible = known & (metres >= LOWEST_M) & (metres <= HIGHEST_M)
     impossible = int(known.sum() - possible.sum())
     if impossible > MAX_IMPOSSIBLE_SHARE * max(int(known.sum()), 1):
@@ -160,8 +186,7 @@ def load_pair(pair: RasterPair, *, bands: Sequence[int] | None = None) -> PairAr
             f"{HIGHEST_M:g} m (from {strange.min():g} to {strange.max():g}); expected canopy height "
             "in metres above ground: declare nodata, convert the unit, or subtract the terrain"
         )
-    heights = np.where(possible, metres.clip(min=0), 0).astype(np.float32)
-    return PairArrays(numbers.image, numbers.valid, heights, possible)
+    return np.where(possible, metres.clip(min=0), 0).astype(np.float32), possible
 
 
 def load_number_pair(pair: RasterPair, *, bands: Sequence[int] | None = None) -> PairArrays:
@@ -177,14 +202,19 @@ def load_number_pair(pair: RasterPair, *, bands: Sequence[int] | None = None) ->
     """
     with SceneReader(pair.image, bands=bands) as reader:
         image, valid = reader.read(pair.window)
+    return PairArrays(image, valid, *_load_numbers(pair))
+
+
+def _load_numbers(pair: RasterPair) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The quantity of a pair and where it is known, both [H / k, W / k]."""
     with SceneReader(pair.target) as reader:
         if len(reader.bands) != 1:
             raise DataError(f"{pair.target} has {len(reader.bands)} bands, expected one band of heights")
         numbers, known = read_on_grid(reader, pair.grid, resampling=_resampling(reader.info.grid, pair.grid))
-    return PairArrays(image, valid, numbers[0].astype(np.float32), known)
+    return numbers[0].astype(np.float32), known
 
 
-def _partners(images: list[SceneInfo], heights: list[SceneInfo]) -> list[list[int]]:
+def _partners(images: Sequence[Placed], heights: list[SceneInfo]) -> list[list[int]]:
     """For each height raster the indexes of the images that it is paired with."""
     found = _overlaps(images, heights)
     exact = [
@@ -205,7 +235,7 @@ def _same_extent(one: PixelGrid, other: PixelGrid) -> bool:
     return max(abs(a - b) for a, b in sides) < 0.5 * min(*one.resolution_xy, *other.resolution_xy)
 
 
-def _overlaps(images: list[SceneInfo], heights: list[SceneInfo]) -> list[list[int]]:
+def _overlaps(images: Sequence[Placed], heights: list[SceneInfo]) -> list[list[int]]:
     """For each height raster the indexes of the images whose extents it meets, each in its own CRS."""
     by_crs: dict[CRS, list[int]] = {}
     for index, info in enumerate(images):
@@ -233,7 +263,7 @@ def _bounds_in(grid: PixelGrid, crs: CRS) -> Bounds | None:
     return (left, bottom, right, top) if all(map(math.isfinite, (left, bottom, right, top))) else None
 
 
-def _overlap_groups(images: list[SceneInfo]) -> list[str]:
+def _overlap_groups(images: Sequence[Placed]) -> list[str]:
     """A name per image, shared by images that overlap, in whatever CRS, directly or through others."""
     roots = list(range(len(images)))
 
@@ -247,7 +277,7 @@ def _overlap_groups(images: list[SceneInfo]) -> list[str]:
     return [str(images[root(index)].path) for index in range(len(images))]
 
 
-def _overlapping_images(images: list[SceneInfo]) -> Iterator[tuple[int, int]]:
+def _overlapping_images(images: Sequence[Placed]) -> Iterator[tuple[int, int]]:
     """Pairs of images with common ground, exactly in a common CRS, else in an equal-area plane."""
     by_crs: dict[CRS, list[int]] = {}
     for index, info in enumerate(images):
@@ -271,7 +301,7 @@ def _overlapping(shapes: list[Any]) -> Iterator[tuple[int, int]]:
                 yield index, other
 
 
-def _pair_windows(image: SceneInfo, heights: SceneInfo, group: str, max_size: int) -> list[RasterPair]:
+def _pair_windows(image: Placed, heights: SceneInfo, group: str, max_size: int) -> list[RasterPair]:
     """Pairs of one image with one height raster; none if they share less than one cell."""
     grid = image.grid
     factor = max(1, round(heights.grid.gsd_m / grid.gsd_m))
@@ -331,7 +361,7 @@ def _resampling(heights: PixelGrid, wanted: PixelGrid) -> str:
     return "average" if heights.gsd_m < 0.75 * wanted.gsd_m else "bilinear"
 
 
-def _no_overlap_message(images: list[SceneInfo], heights: list[SceneInfo], what: str) -> str:
+def _no_overlap_message(images: Sequence[Placed], heights: list[SceneInfo], what: str) -> str:
     height = heights[0]
     # An image in the same CRS makes extents that can be compared by eye.
     image = next((i for i in images if i.grid.crs == height.grid.crs), images[0])

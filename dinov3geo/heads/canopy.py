@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
-from dinov3geo.data.pairs import RasterPair, Spec, match_pairs
+from dinov3geo.data.pairs import Spec, match_pairs
 from dinov3geo.errors import ConfigError, DataError, UnknownNameError, one_line
 from dinov3geo.features.extract import FeatureCache, apply_view, default_blocks, undo_view
 from dinov3geo.heads.base import Head, OutputSpec
+from dinov3geo.heads.canopy_report import CanopyFitReport, FittedHead, finish_fit
 from dinov3geo.heads.context import ContextHead
 from dinov3geo.heads.dpt import DPTHead
 from dinov3geo.heads.fit import FitResult, FitSample, fit_head, predict_cells
@@ -192,29 +193,6 @@ class CanopyModel(FrozenModel[CanopyHead]):
         return undo_view(heights, view)
 
 
-@dataclass(frozen=True, slots=True)
-class CanopyFitReport:
-    """What `fit_canopy` did.
-
-    Attributes:
-        folder: of the model.
-        pairs: number of image windows with heights.
-        cells: number of heights.
-        unmatched_images: images without heights.
-        unmatched_heights: height rasters without an image.
-        training_mae_m: mean absolute error on the data that the head was fitted on; no measure of quality.
-        result: of the fit.
-    """
-
-    folder: Path
-    pairs: int
-    cells: int
-    unmatched_images: int
-    unmatched_heights: int
-    training_mae_m: float
-    result: FitResult
-
-
 def fit_canopy(
     images: Spec,
     heights: Spec,
@@ -266,32 +244,14 @@ def fit_canopy(
         progress=progress,
     )
     head, result = fit_canopy_head(samples, settings, device=device, progress=progress)
-    card = model_card(frozen, source, CANOPY_HEIGHT) | {
-        "name": out.name,
-        "blocks": list(blocks),
-        "gsd_m": list(gsd_range(match.pairs)),
-        "trained_on": {
-            "pairs": len(match.pairs),
-            "images": len({p.image for p in match.pairs}),
-            "cells": sum(int(s.views[0].valid.sum()) for s in samples),
-        },
-        "settings": settings.model_dump(),
-        "scores": dict(scores or {}),
-        "command": command,
-    }
-    card["training_mae_m"] = training_mae = round(mean_absolute_error(head, samples), 4)
-    model = CanopyModel(
-        frozen, head, blocks, settings.image_scale, settings.predict_views, card, settings.colours
-    )
-    save_canopy_model(out, model, overwrite=overwrite)
-    return CanopyFitReport(
-        folder=out,
-        pairs=len(match.pairs),
-        cells=card["trained_on"]["cells"],
-        unmatched_images=len(match.unmatched_images),
-        unmatched_heights=len(match.unmatched_targets),
-        training_mae_m=training_mae,
-        result=result,
+    card = model_card(frozen, source, CANOPY_HEIGHT) | {"blocks": list(blocks), "scores": dict(scores or {})}
+    return finish_fit(
+        FittedHead(head, result, samples, match, settings),
+        out,
+        backbone=frozen,
+        card=card,
+        overwrite=overwrite,
+        command=command,
     )
 
 
@@ -401,17 +361,6 @@ def _reduced(head: ContextHead, sample: FitSample) -> FitSample:
     return replace(sample, views=views)
 
 
-def mean_absolute_error(head: CanopyHead, samples: list[FitSample]) -> float:
-    """Mean absolute error over all valid cells of the samples' first view, metres."""
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for sample in samples:
-            view = sample.views[0]
-            error = (predict_cells(head, [view], sample.factor)[0, 0].cpu() - view.target).abs()
-            total, count = total + float(error[view.valid].sum()), count + int(view.valid.sum())
-    return total / max(count, 1)
-
-
 def save_canopy_model(folder: Path, model: CanopyModel, *, overwrite: bool = False) -> None:
     """Writes head.safetensors, card.json and, unless the backbone is a bundled one, the backbone.
 
@@ -428,11 +377,14 @@ def save_canopy_model(folder: Path, model: CanopyModel, *, overwrite: bool = Fal
     save_model(folder, model.backbone, model.head, model.card, what="canopy", overwrite=overwrite)
 
 
-def load_canopy_model(name_or_folder: str | Path = DEFAULT_MODEL) -> CanopyModel:
+def load_canopy_model(
+    name_or_folder: str | Path = DEFAULT_MODEL, *, backbone: str | Path | None = None
+) -> CanopyModel:
     """A model ready to predict, on the CPU.
 
     Args:
         name_or_folder: a bundled name, or a folder that `save_canopy_model` wrote.
+        backbone: see `load_model_backbone`.
 
     Raises:
         UnknownNameError: neither a bundled name nor a folder.
@@ -447,20 +399,14 @@ def load_canopy_model(name_or_folder: str | Path = DEFAULT_MODEL) -> CanopyModel
         settings = CanopySettings.model_validate(card["settings"])
         blocks = tuple(int(b) for b in card["blocks"])
         output = OutputSpec.from_json(card["output"])
-        backbone = load_model_backbone(folder, card)
+        frozen = load_model_backbone(folder, card, backbone)
     except (KeyError, TypeError, ValidationError) as error:
         raise ConfigError(
             f"{folder / CARD_FILE} is not a complete head card: {one_line(str(error))}"
         ) from error
-    dims = [backbone.embed_dim] * len(blocks) + [2 * backbone.in_channels] * settings.colours
+    dims = [frozen.embed_dim] * len(blocks) + [2 * frozen.in_channels] * settings.colours
     head = settings.head.build(dims, output=output)
     load_head_weights(folder, head)
     return CanopyModel(
-        backbone, head, blocks, settings.image_scale, settings.predict_views, card, settings.colours
+        frozen, head, blocks, settings.image_scale, settings.predict_views, card, settings.colours
     )
-
-
-def gsd_range(pairs: tuple[RasterPair, ...]) -> tuple[float, float]:
-    """Smallest and largest ground sampling distance of the images, metres."""
-    sizes = [p.grid.gsd_m / p.factor for p in pairs]
-    return round(min(sizes), 6), round(max(sizes), 6)

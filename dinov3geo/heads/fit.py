@@ -72,12 +72,14 @@ class FitView:
         covered_hw: pixels that the maps cover, at least the image's.
         target: [H / k, W / k] float32 metres or uint8 classes.
         valid: [H / k, W / k] bool.
+        origin: row and column, among the covered pixels, of the targets' upper left corner.
     """
 
     maps: tuple[Tensor, ...]
     covered_hw: tuple[int, int]
     target: Tensor
     valid: Tensor
+    origin: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,8 @@ def predict_cells(head: Head, views: Sequence[FitView], factor: int) -> Tensor:
     maps = [torch.stack(m).to(device, torch.float32) for m in zip(*(v.maps for v in views), strict=True)]
     pixels = head(maps, views[0].covered_hw)
     height, width = (length * factor for length in views[0].target.shape)
-    inside: Tensor = pixels[..., :height, :width]
+    top, left = views[0].origin
+    inside: Tensor = pixels[..., top : top + height, left : left + width]
     return inside if factor == 1 else F.avg_pool2d(inside, factor)
 
 
@@ -339,7 +342,7 @@ class _Fit:
             sample = self.train[index]
             number = int(torch.randint(len(sample.views), (1,), generator=self.generator))
             view = sample.views[number]
-            shape = (*view.covered_hw, *view.target.shape, sample.factor)
+            shape = (*view.covered_hw, *view.target.shape, *view.origin, sample.factor)
             waiting.setdefault(shape, []).append(view)
             if len(waiting[shape]) >= self.settings.batch_pixels // math.prod(view.covered_hw):
                 yield waiting.pop(shape), sample.factor

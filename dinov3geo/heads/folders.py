@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from dinov3geo.backbones.base import Backbone
+from dinov3geo.backbones.hub import is_hub_name
 from dinov3geo.backbones.zoo import (
     BUNDLED,
     RUN_EXPORT,
@@ -24,15 +25,18 @@ from dinov3geo.backbones.zoo import (
 )
 from dinov3geo.errors import ConfigError, DataError, RasterError, one_line
 from dinov3geo.features.extract import weights_digest
+from dinov3geo.features.facts import FeatureFacts
 from dinov3geo.heads.base import OutputSpec
 
 CARD_FORMAT = "dinov3geo-head/1"
+SOURCE = "source"
+"""Key of a card: where the backbone lies that is neither bundled nor in the folder."""
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 
 
 def save_model(
     folder: Path,
-    backbone: Backbone,
+    backbone: Backbone | None,
     head: nn.Module,
     card: Mapping[str, Any],
     *,
@@ -46,9 +50,9 @@ def save_model(
 
     Args:
         folder: to make.
-        backbone: frozen.
+        backbone: frozen, or None to leave it where the card says.
         head: fitted.
-        card: from `model_card`.
+        card: from `model_card` or `head_card`.
         what: kind of model, for messages.
         overwrite: replace an existing folder.
         pictures: further files by name.
@@ -64,7 +68,7 @@ def save_model(
         (staging / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         for name, content in (pictures or {}).items():
             (staging / name).write_bytes(content)
-        if card["backbone"]["bundled"] is None:
+        if backbone is not None and card["backbone"]["bundled"] is None:
             assert backbone.card is not None
             save_backbone(staging / RUN_EXPORT, backbone, backbone.card)
         staging.chmod(0o755)
@@ -106,16 +110,30 @@ def model_card(backbone: Backbone, source: str | Path, output: OutputSpec) -> di
         output: what the head gives.
     """
     assert backbone.card is not None
+    about = {
+        "name": backbone.card.name,
+        "bundled": str(source) if str(source) in BUNDLED else None,
+        "weights_digest": weights_digest(backbone),
+    }
+    return head_card(about, backbone.card.licence, output)
+
+
+def stored_card(facts: FeatureFacts, output: OutputSpec) -> dict[str, Any]:
+    """`model_card` of a head on stored features: it says where the backbone lies, which is in no folder."""
+    bundled = facts.source if facts.source in BUNDLED else None
+    about: dict[str, Any] = {"name": facts.backbone, "bundled": bundled, "weights_digest": facts.weights}
+    if bundled is None:
+        about |= {SOURCE: facts.source, "normalization": asdict(facts.normalization)}
+    return head_card(about, facts.licence, output)
+
+
+def head_card(about: Mapping[str, Any], licence: str, output: OutputSpec) -> dict[str, Any]:
+    """The part of a card that every model has, from what is known of its backbone."""
     return {
         "format": CARD_FORMAT,
-        "backbone": {
-            "name": backbone.card.name,
-            "bundled": str(source) if str(source) in BUNDLED else None,
-            "weights_digest": weights_digest(backbone),
-        },
+        "backbone": dict(about),
         "output": asdict(output),
-        "licence": f"The backbone's weights: {backbone.card.licence}. "
-        "The head follows the terms of its training data.",
+        "licence": f"The backbone's weights: {licence}. The head follows the terms of its training data.",
     }
 
 
@@ -146,21 +164,48 @@ def read_card(path: Path, *, product: str) -> dict[str, Any]:
     return card
 
 
-def load_model_backbone(folder: Path, card: Mapping[str, Any]) -> Backbone:
+def load_model_backbone(
+    folder: Path, card: Mapping[str, Any], backbone: str | Path | None = None
+) -> Backbone:
     """The backbone that a card names, or that lies in its folder.
+
+    Args:
+        folder: of the model.
+        card: from `read_card`.
+        backbone: name or path, for a head on stored features whose backbone is no longer where it was.
 
     Raises:
         KeyError, TypeError: the card is incomplete.
-        ConfigError: other weights than those that the head was fitted on.
+        ConfigError: other weights or statistics than those that the head was fitted on; a backbone is named
+            for a model that has its own, or none for one whose backbone is not there.
     """
-    bundled, digest = card["backbone"]["bundled"], card["backbone"]["weights_digest"]
-    backbone = load_backbone(folder if bundled is None else bundled)
-    if weights_digest(backbone) != digest:
+    about = card["backbone"]
+    bundled, digest = about["bundled"], about["weights_digest"]
+    if bundled is not None or (folder / RUN_EXPORT).is_file() or SOURCE not in about:
+        if backbone is not None:
+            raise ConfigError(f"{folder} has its own backbone; leave out --backbone")
+        source = folder if bundled is None else bundled
+    else:
+        source = backbone or about[SOURCE]
+        if not source or not (is_hub_name(source) or Path(source).exists() or source in BUNDLED):
+            raise ConfigError(
+                f"{folder} was fitted from stored features of the backbone {about['name']}, whose weights "
+                f"{source or '(unknown)'} are not there; name them with --backbone"
+            )
+    found = load_backbone(source)
+    if weights_digest(found) != digest:
         raise ConfigError(
-            f"{folder / CARD_FILE} belongs to other weights of the backbone {bundled or RUN_EXPORT}; "
-            "fit it again"
+            f"{folder / CARD_FILE} belongs to other weights of the backbone "
+            f"{RUN_EXPORT if source is folder else source}; fit it again"
         )
-    return backbone
+    if "normalization" in about:
+        assert found.card is not None
+        if json.loads(json.dumps(asdict(found.card.normalization))) != about["normalization"]:
+            raise ConfigError(
+                f"{source} has other bands or statistics than the features that {folder} was fitted on; "
+                "fit it again"
+            )
+    return found
 
 
 def load_head_weights(folder: Path, head: nn.Module) -> None:

@@ -22,7 +22,7 @@ from dinov3geo.data.pairs import PairArrays, PairMatch, RasterPair, Spec, match_
 from dinov3geo.errors import ConfigError, DataError, UnknownNameError, one_line
 from dinov3geo.features.extract import FeatureCache, default_blocks
 from dinov3geo.heads.base import Head, OutputSpec
-from dinov3geo.heads.canopy import gsd_range
+from dinov3geo.heads.canopy_report import gsd_range
 from dinov3geo.heads.classes import ClassFitSettings, ClassObjective, loss_weights
 from dinov3geo.heads.curves import CURVE_FILE, draw_curves
 from dinov3geo.heads.dpt import DPTHead

@@ -22,7 +22,8 @@ def load_height_model(
     Args:
         name_or_path: a bundled name, a folder that `canopy fit` wrote, or CHMv2: a Hugging Face folder,
             `hub:owner/repository`, or a file of the official release.
-        backbone: weights of the satellite ViT-L, for an official CHMv2 file of the decoder alone.
+        backbone: weights of the satellite ViT-L, for an official CHMv2 file of the decoder alone; or those
+            of a head on stored features, if they are no longer where they were.
 
     Raises:
         UnknownNameError: nothing of the kind.
@@ -33,9 +34,7 @@ def load_height_model(
     path = _chmv2_path(name_or_path)
     if path is not None:
         return load_chmv2(path, backbone=backbone)
-    if backbone is not None:
-        raise ConfigError(f"{name_or_path} has its own backbone; only a CHMv2 decoder takes another")
-    return load_canopy_model(name_or_path)
+    return load_canopy_model(name_or_path, backbone=backbone)
 
 
 def describe_height_model(path: Path) -> dict[str, Any] | None:

@@ -42,10 +42,14 @@ def cell_validity(arrays: PairArrays, factor: int) -> np.ndarray:
     Returns:
         [h, w] bool.
     """
-    height, width = arrays.target.shape
-    share = arrays.valid.reshape(height, factor, width, factor).mean(axis=(1, 3))
-    known: np.ndarray = arrays.target_valid & (share >= MIN_IMAGE_SHARE)
-    return known
+    return enough_image(arrays.valid, factor) & arrays.target_valid
+
+
+def enough_image(valid: np.ndarray, factor: int) -> np.ndarray:
+    """Cells [h, w] at least `MIN_IMAGE_SHARE` of whose image pixels [h k, w k], k the factor, are valid."""
+    height, width = (length // factor for length in valid.shape)
+    enough: np.ndarray = valid.reshape(height, factor, width, factor).mean(axis=(1, 3)) >= MIN_IMAGE_SHARE
+    return enough
 
 
 def load_model_pair(pair: RasterPair, card: BackboneCard) -> tuple[PairArrays, tuple[int, ...]]:

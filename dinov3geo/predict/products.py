@@ -13,7 +13,8 @@ import numpy as np
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.errors import ConfigError, DataError, EmptySceneError
-from dinov3geo.features.extract import pixels_per_patch, weights_digest
+from dinov3geo.features.extract import pixels_per_patch
+from dinov3geo.features.facts import FeatureFacts
 from dinov3geo.features.store import STORED, StoredType
 from dinov3geo.features.visualize import PcaBasis, fit_pca
 from dinov3geo.heads.base import HeightModel
@@ -201,6 +202,7 @@ def predict_features(
     overwrite: bool = False,
     progress: Progress | None = None,
     command: str = "",
+    source: str | Path | None = None,
 ) -> FeatureReport:
     """Writes the stitched patch features of a scene, one cell per patch.
 
@@ -226,6 +228,8 @@ def predict_features(
         overwrite: whether an existing output may be replaced.
         progress: told about tiles done.
         command: written into the file's tags.
+        source: name or path of the backbone's weights, written there too: a model that is fitted from the
+            features finds them by it.
 
     Raises:
         RasterError, GeoreferenceError, DataError: as `predict_canopy`.
@@ -251,8 +255,11 @@ def predict_features(
     if sample is None and (pca is not None or dtype == "int8"):
         sample = job.sample(make_features())
     sample = np.zeros((1, 1), np.float32) if sample is None else np.ascontiguousarray(sample)
+    about = FeatureFacts.of(
+        backbone, source=source, image_scale=image_scale, scene_hw=job.grid.shape_hw, components=pca
+    )
     facts = {
-        "weights": weights_digest(backbone),
+        "weights": about.weights,
         "pca": pca,
         "image_scale": image_scale,
         "compiled": compiled,
@@ -264,7 +271,8 @@ def predict_features(
         make_runner = functools.partial(_pca_of, make_features, basis)
         names = tuple(f"principal component {number}" for number in range(1, pca + 1))
         explained = tuple(float(share) for share in basis.explained)
-    stored, tags = StoredType.fitted(dtype, sample), file_tags(wanted.name, command)
+    stored = StoredType.fitted(dtype, sample)
+    tags = file_tags(wanted.name, command) | about.tags
     task = job.task(make_runner, len(names))
     if is_store:
         store = functools.partial(write_store, output, task, job.cells, names, stored, attributes=tags)
