@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.device import resolve_device
 from dinov3geo.backbones.zoo import BUNDLED
 from dinov3geo.data.indexed import IndexedChips
@@ -16,7 +17,8 @@ from dinov3geo.training.distiller import build_student as build_student_of
 from dinov3geo.training.distiller import load_teacher, student_worlds
 from dinov3geo.training.distributed import World
 from dinov3geo.training.memory import count_parameters, memory_bytes, size_of, tokens_per_image
-from dinov3geo.training.settings import DistillSettings, RunSettings, TrainSettings
+from dinov3geo.training.projection import ProjectionHead
+from dinov3geo.training.settings import DistillSettings, ModelSettings, RunSettings, TrainSettings
 from dinov3geo.training.setup import build_crop_makers, build_student, load_anchor
 
 
@@ -60,23 +62,24 @@ def describe(
 def describe_distillation(
     settings: DistillSettings, out: Path | None = None, *, resume: bool = False, ranks: int = 1
 ) -> list[tuple[str, str]]:
-    """The same of a distillation; arguments and errors as in `describe`, and the teacher must be there."""
-    teacher = load_teacher(settings)
-    patch_size = teacher.backbone.patch_size
+    """The same of a distillation; arguments and errors as in `describe`."""
+    teacher, patch_size = _teacher_line(settings)
     lines, per_rank = _beginning(settings, out, resume=resume, ranks=ranks, patch_size=patch_size)
     counts = [student.processes for student in settings.students]
     if counts[0] is not None:
         student_worlds(settings, World(0, ranks))
-    what = "scores of its heads" if settings.targets == "prototypes" else "its features"
-    size = size_of(teacher) / 1e6
-    lines.append(("teacher", f"{settings.teacher}: {size:,.1f} M parameters; students learn {what}"))
+    lines.append(("teacher", teacher))
     for student in settings.students:
         with torch.device("meta"):
             backbone = build_student_of(settings, student, patch_size)
         own = World(0, student.processes or ranks).images_per_process(
             settings.batch_size, settings.accumulate
         )
-        often = f"{student.processes or ranks} process(es), {own} images each"
+        memory = _student_bytes(settings, backbone, student.processes or ranks) / 2**30
+        often = (
+            f"{student.processes or ranks} process(es), {own} images each; at least {memory:,.1f} GiB for "
+            "weights, gradients and optimiser"
+        )
         lines.append(
             (
                 f"student {student.name}",
@@ -90,6 +93,28 @@ def describe_distillation(
         *_ending(settings),
     ]
     return lines
+
+
+def _teacher_line(settings: DistillSettings) -> tuple[str, int]:
+    """What the students learn from, and the patch size of those that name none."""
+    what = "scores of its heads" if settings.targets == "prototypes" else "its features"
+    path = settings.teacher
+    if str(path) not in BUNDLED and not str(path).startswith("hub:") and not path.exists():
+        return f"{path} IS MISSING; students learn {what}", ModelSettings().patch_size
+    teacher = load_teacher(settings)
+    size = size_of(teacher) / 1e6
+    return f"{path}: {size:,.1f} M parameters; students learn {what}", teacher.backbone.patch_size
+
+
+def _student_bytes(settings: DistillSettings, backbone: Backbone, ranks: int) -> int:
+    """Weights, gradients, two AdamW moments and the moving average of a student, on each process."""
+    heads = (settings.losses.dino_head, settings.losses.ibot_head)
+    with torch.device("meta"):
+        own = [ProjectionHead(backbone.embed_dim, head) for head in heads]
+    trained = size_of(backbone)
+    if settings.targets == "prototypes":
+        trained += sum(size_of(head) for head in own)
+    return 4 * 5 * trained // (ranks if settings.parallel.layout == "shard" else 1)
 
 
 def _beginning(

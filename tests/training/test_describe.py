@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dinov3geo.config import load_config
-from dinov3geo.training.describe import describe
+from dinov3geo.config import DistillConfig, load_config, load_model
+from dinov3geo.training.describe import describe, describe_distillation
 from dinov3geo.training.memory import count_parameters
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -27,6 +27,18 @@ def test_dry_run_of_every_configuration(path, write_raster):
     assert f"configs/{path.parent.name}/{path.name}" in text
     if path.parent.name != "pretrain":
         assert "gram anchor" in lines and "start from" in lines
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "distill").glob("*.yaml")), ids=lambda path: path.stem)
+def test_dry_run_of_every_distillation(path, write_raster):
+    scene = write_raster("rgb.tif", shape=(3, 64, 64))
+    settings = load_model(DistillConfig, path, [f"data.root={scene.parent}", "data.sources=[{path: '.'}]"])
+    ranks = 296 if "296gpu" in path.name else 1
+    lines = dict(describe_distillation(settings, ranks=ranks))
+    assert {f"student {student.name}" for student in settings.students} <= set(lines)
+    assert all("GiB" in lines[f"student {student.name}"] for student in settings.students)
+    assert ("IS MISSING" in lines["teacher"]) == ("outputs" in str(settings.teacher))
+    assert f"configs/distill/{path.name}" in path.read_text()
 
 
 def test_published_numbers():
