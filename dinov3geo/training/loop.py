@@ -119,7 +119,7 @@ class Loop(ABC):
             variant=variant,
             patch_size=patch_size,
             normalization=self.normalization,
-            gsd_m=_round_outwards(sizes),
+            gsd_m=export.gsd_m or _round_outwards(sizes),
             trained_on=export.trained_on or tuple(source.path for source in self.settings.data.sources),
             licence=export.licence,
             notes=export.notes,

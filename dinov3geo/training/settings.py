@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dinov3geo.data.crops import CropSettings
 from dinov3geo.data.masking import MaskSettings
 from dinov3geo.data.mixture import DataSettings
+from dinov3geo.data.ranges import PositiveRange
 from dinov3geo.training.optimizer import OptimizerSettings
 from dinov3geo.training.parallel import ParallelSettings
 from dinov3geo.training.schedules import Schedule
@@ -56,6 +57,9 @@ class ExportSettings(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     trained_on: tuple[str, ...] = Field((), description="data sets and their licences; the paths if empty")
     licence: str = "not stated"
+    gsd_m: PositiveRange | None = Field(
+        None, description="lowest and highest pixel size in metres, of images without georeference"
+    )
     notes: str = Field("", description="limits that a user should know")
 
 
