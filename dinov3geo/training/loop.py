@@ -32,6 +32,13 @@ from dinov3geo.training.settings import RunSettings
 from dinov3geo.training.setup import build_crop_makers, run_normalization
 from dinov3geo.training.ssl import Targets
 
+# Folders of this machine say nothing to others.
+_NOT_IN_CARDS: Any = {
+    "data": {"root"},
+    "export": True,
+    "watch": {"knn", "dense_images", "dense_heights"},
+}
+
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
@@ -126,7 +133,7 @@ class Loop(ABC):
             recipe={
                 "steps": self.step,
                 "commit": commit(),
-                "settings": self.settings.model_dump(mode="json", exclude={"data": {"root"}, "export": True}),
+                "settings": self.settings.model_dump(mode="json", exclude=_NOT_IN_CARDS),
             },
         )
 
