@@ -323,7 +323,7 @@ def _describe_vit(ours: Tensors, *, rounded: bool) -> VitConfig:
     return VitConfig(
         embed_dim=dim,
         num_blocks=blocks,
-        num_heads=dim // (128 if dim >= _WIDE else 64),  # the tensors do not tell
+        num_heads=dim // (128 if dim >= _WIDE else 32 if dim % 64 else 64),  # the tensors do not tell
         ffn="swiglu" if gated else "mlp",
         ffn_hidden=ours["blocks.0.ffn.up.weight"].shape[0],
         num_registers=ours["register_tokens"].shape[1],

@@ -12,9 +12,10 @@ from dinov3geo.errors import ConfigError, DataError, UnknownNameError
 
 Config = VitConfig | ConvNextConfig
 
-# Source: DINOv3 paper, table of the model family; tiny is ours (the shape that timm calls ViT-Ti). There are
-# no released weights of so400m, huge2 and giant2.
+# Source: DINOv3 paper, table of the model family; tiny (the shape that timm calls ViT-Ti) and micro (studies
+# of the recipe on one CPU core) are ours. There are no released weights of so400m, huge2 and giant2.
 VARIANTS: dict[str, Config] = {
+    "vit_micro": VitConfig(96, 4, 3, "mlp", 384),
     "vit_tiny": VitConfig(192, 12, 3, "mlp", 768),
     "vit_small": VitConfig(384, 12, 6, "mlp", 1536),
     "vit_small_plus": VitConfig(384, 12, 6, "swiglu", 1536),
