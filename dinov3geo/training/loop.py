@@ -49,12 +49,15 @@ class RunResult:
         stopped_by: signal that asked it to stop early, `--resume` goes on; None if it made every step.
         weights: exported backbone, or the folder of those of several students.
         metrics: of the last logged step.
+        asked_by: signal that asked it to stop, also where that came in the last step; callers with more to do
+            end there.
     """
 
     steps: int
     stopped_by: int | None
     weights: Path
     metrics: dict[str, float]
+    asked_by: int | None = None
 
 
 class Loop(ABC):
@@ -316,7 +319,8 @@ class Loop(ABC):
         early = self.step < settings.steps
         if early:
             self.save()
-        return RunResult(self.step, stopped_by if early else None, self.weights, metrics)
+        asked_by = stopped_by or None
+        return RunResult(self.step, asked_by if early else None, self.weights, metrics, asked_by)
 
     def _look(self, journal: Journal) -> None:
         """Evaluations and pictures, where they are due."""
