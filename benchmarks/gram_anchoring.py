@@ -330,7 +330,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiles", type=Path, required=True, help="folder with image/ and mask/")
     parser.add_argument("--tile-bands", type=int, nargs=3, default=(3, 2, 1), help="red, green, blue")
     parser.add_argument("--classes", type=Path, default=ROOT / "configs/classes/sentinel2_landcover.yaml")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/gram/anchoring_study.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/pretrain/anchoring_study.yaml")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
