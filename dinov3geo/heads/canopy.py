@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
 from dinov3geo.data.pairs import Spec, match_pairs
-from dinov3geo.errors import ConfigError, DataError, UnknownNameError, one_line
+from dinov3geo.errors import DataError
 from dinov3geo.features.extract import FeatureCache, apply_view, default_blocks, undo_view
 from dinov3geo.heads.base import Head, OutputSpec
 from dinov3geo.heads.canopy_report import CanopyFitReport, FittedHead, finish_fit
@@ -23,12 +23,10 @@ from dinov3geo.heads.context import ContextHead
 from dinov3geo.heads.dpt import DPTHead
 from dinov3geo.heads.fit import FitResult, FitSample, fit_head, predict_cells
 from dinov3geo.heads.folders import (
-    CARD_FILE,
     check_free,
     load_head_weights,
-    load_model_backbone,
     model_card,
-    read_card,
+    open_model,
     save_model,
 )
 from dinov3geo.heads.frozen import FrozenModel, head_map
@@ -392,21 +390,19 @@ def load_canopy_model(
         DataError: the weights are damaged or do not fit.
     """
     folder = BUNDLED_MODELS.get(str(name_or_folder), Path(name_or_folder))
-    if not folder.is_dir():
-        raise UnknownNameError("canopy model", str(name_or_folder), BUNDLED_MODELS)
-    card = read_card(folder / CARD_FILE, product=CANOPY_HEIGHT.name)
-    try:
-        settings = CanopySettings.model_validate(card["settings"])
-        blocks = tuple(int(b) for b in card["blocks"])
-        output = OutputSpec.from_json(card["output"])
-        frozen = load_model_backbone(folder, card, backbone)
-    except (KeyError, TypeError, ValidationError) as error:
-        raise ConfigError(
-            f"{folder / CARD_FILE} is not a complete head card: {one_line(str(error))}"
-        ) from error
-    dims = [frozen.embed_dim] * len(blocks) + [2 * frozen.in_channels] * settings.colours
-    head = settings.head.build(dims, output=output)
+    stored = open_model(
+        folder, CanopySettings, product=CANOPY_HEIGHT.name, valid=BUNDLED_MODELS, backbone=backbone
+    )
+    frozen, settings = stored.backbone, stored.settings
+    dims = [frozen.embed_dim] * len(stored.blocks) + [2 * frozen.in_channels] * settings.colours
+    head = settings.head.build(dims, output=stored.output)
     load_head_weights(folder, head)
     return CanopyModel(
-        frozen, head, blocks, settings.image_scale, settings.predict_views, card, settings.colours
+        frozen,
+        head,
+        stored.blocks,
+        settings.image_scale,
+        settings.predict_views,
+        stored.card,
+        settings.colours,
     )

@@ -9,18 +9,17 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.image_list import ImageList
 
-from dinov3geo.errors import ConfigError, UnknownNameError, one_line
 from dinov3geo.features.extract import extract_feature_maps
 from dinov3geo.heads.base import OutputSpec
 from dinov3geo.heads.dpt import Reassemble, Standardize
-from dinov3geo.heads.folders import CARD_FILE, load_head_weights, load_model_backbone, read_card
+from dinov3geo.heads.folders import load_head_weights, open_model
 from dinov3geo.heads.frozen import FrozenModel
 from dinov3geo.heads.segmentation import fit_standards
 
@@ -296,20 +295,11 @@ def load_detection_model(folder: str | Path) -> DetectionModel:
         ConfigError: the card is missing, incomplete, or belongs to other backbone weights.
         DataError: the weights are damaged or do not fit.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UnknownNameError("detection model", str(folder), ["a folder that `detect fit` wrote"])
-    card = read_card(folder / CARD_FILE, product=PRODUCT)
-    try:
-        settings = DetectionSettings.model_validate(card["settings"])
-        blocks = tuple(int(b) for b in card["blocks"])
-        output = OutputSpec.from_json(card["output"])
-        backbone = load_model_backbone(folder, card)
-    except (KeyError, TypeError, ValidationError) as error:
-        raise ConfigError(
-            f"{folder / CARD_FILE} is not a complete head card: {one_line(str(error))}"
-        ) from error
-    dims = [backbone.embed_dim] * len(blocks)
-    head = DetectionHead(dims, output=output, patch=backbone.patch_size, settings=settings)
-    load_head_weights(folder, head)
-    return DetectionModel(backbone, head, blocks, settings, card)
+    stored = open_model(
+        Path(folder), DetectionSettings, product=PRODUCT, valid=["a folder that `detect fit` wrote"]
+    )
+    backbone = stored.backbone
+    dims = [backbone.embed_dim] * len(stored.blocks)
+    head = DetectionHead(dims, output=stored.output, patch=backbone.patch_size, settings=stored.settings)
+    load_head_weights(stored.folder, head)
+    return DetectionModel(backbone, head, stored.blocks, stored.settings, stored.card)

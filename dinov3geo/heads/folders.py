@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from dinov3geo.backbones.base import Backbone
@@ -23,7 +24,7 @@ from dinov3geo.backbones.zoo import (
     save_backbone,
     write_tensors,
 )
-from dinov3geo.errors import ConfigError, DataError, RasterError, one_line
+from dinov3geo.errors import ConfigError, DataError, RasterError, UnknownNameError, one_line
 from dinov3geo.features.extract import weights_digest
 from dinov3geo.features.facts import FeatureFacts
 from dinov3geo.heads.base import OutputSpec
@@ -206,6 +207,66 @@ def load_model_backbone(
                 "fit it again"
             )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel[S: BaseModel]:
+    """What a model's folder holds, but for the weights of the head.
+
+    Attributes:
+        folder: of the model.
+        card: from `read_card`.
+        settings: that the head was built and fitted with.
+        blocks: of the backbone that the head reads.
+        output: what the head gives.
+        backbone: on the CPU.
+    """
+
+    folder: Path
+    card: dict[str, Any]
+    settings: S
+    blocks: tuple[int, ...]
+    output: OutputSpec
+    backbone: Backbone
+
+
+def open_model[S: BaseModel](
+    folder: Path,
+    settings: type[S],
+    *,
+    product: str,
+    valid: Iterable[str],
+    backbone: str | Path | None = None,
+) -> StoredModel[S]:
+    """Reads a model's folder, all but the head.
+
+    Args:
+        folder: that `save_model` wrote.
+        settings: kind of settings in the card.
+        product: name of the output that is expected.
+        valid: what could have been named, for the message.
+        backbone: see `load_model_backbone`.
+
+    Raises:
+        UnknownNameError: no such folder.
+        ConfigError: the card is missing, incomplete, or belongs to other backbone weights.
+    """
+    if not folder.is_dir():
+        raise UnknownNameError(f"{product.replace('_', ' ')} model", str(folder), valid)
+    card = read_card(folder / CARD_FILE, product=product)
+    try:
+        return StoredModel(
+            folder,
+            card,
+            settings.model_validate(card["settings"]),
+            tuple(int(b) for b in card["blocks"]),
+            OutputSpec.from_json(card["output"]),
+            load_model_backbone(folder, card, backbone),
+        )
+    except (KeyError, TypeError, ValidationError) as error:
+        raise ConfigError(
+            f"{folder / CARD_FILE} is not a complete head card: {one_line(str(error))}"
+        ) from error
 
 
 def load_head_weights(folder: Path, head: nn.Module) -> None:

@@ -19,7 +19,7 @@ from dinov3geo.backbones.card import BackboneCard
 from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
 from dinov3geo.data.labels import ClassScheme, load_label_pair
 from dinov3geo.data.pairs import PairArrays, PairMatch, RasterPair, Spec, match_pairs
-from dinov3geo.errors import ConfigError, DataError, UnknownNameError, one_line
+from dinov3geo.errors import ConfigError, DataError, one_line
 from dinov3geo.features.extract import FeatureCache, default_blocks
 from dinov3geo.heads.base import Head, OutputSpec
 from dinov3geo.heads.canopy_report import gsd_range
@@ -28,12 +28,10 @@ from dinov3geo.heads.curves import CURVE_FILE, draw_curves
 from dinov3geo.heads.dpt import DPTHead
 from dinov3geo.heads.fit import FitResult, FitSample, fit_head, predict_cells
 from dinov3geo.heads.folders import (
-    CARD_FILE,
     check_free,
     load_head_weights,
-    load_model_backbone,
     model_card,
-    read_card,
+    open_model,
     save_model,
 )
 from dinov3geo.heads.frozen import FrozenModel, head_map
@@ -362,22 +360,13 @@ def load_landcover_model(folder: str | Path) -> LandcoverModel:
         ConfigError: the card is missing, incomplete, or belongs to other backbone weights.
         DataError: the weights are damaged or do not fit.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UnknownNameError("land-cover model", str(folder), ["a folder that `landcover fit` wrote"])
-    card = read_card(folder / CARD_FILE, product=PRODUCT)
-    try:
-        settings = LandcoverSettings.model_validate(card["settings"])
-        blocks = tuple(int(b) for b in card["blocks"])
-        output = OutputSpec.from_json(card["output"])
-        backbone = load_model_backbone(folder, card)
-    except (KeyError, TypeError, ValidationError) as error:
-        raise ConfigError(
-            f"{folder / CARD_FILE} is not a complete head card: {one_line(str(error))}"
-        ) from error
-    head = settings.head.build([backbone.embed_dim] * len(blocks), output=output)
-    load_head_weights(folder, head)
-    return LandcoverModel(backbone, head, blocks, settings.image_scale, card)
+    stored = open_model(
+        Path(folder), LandcoverSettings, product=PRODUCT, valid=["a folder that `landcover fit` wrote"]
+    )
+    dims = [stored.backbone.embed_dim] * len(stored.blocks)
+    head = stored.settings.head.build(dims, output=stored.output)
+    load_head_weights(stored.folder, head)
+    return LandcoverModel(stored.backbone, head, stored.blocks, stored.settings.image_scale, stored.card)
 
 
 def scheme_of(model: LandcoverModel) -> ClassScheme:
