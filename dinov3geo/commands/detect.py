@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,11 +16,18 @@ from dinov3geo.commands.options import (
     Cache,
     Changes,
     Device,
+    DryRun,
     Epochs,
+    HeadSettings,
+    ModelFolder,
     Overwrite,
     Seed,
     command_line,
 )
+
+if TYPE_CHECKING:
+    from dinov3geo.data.boxes import BoxSet
+    from dinov3geo.heads.detection import DetectionSettings
 
 detect = typer.Typer(help="Boxes of objects.", no_args_is_help=True)
 
@@ -43,16 +50,15 @@ Model = Annotated[Path, typer.Option(metavar="DIR", help="Written by `detect fit
 def fit(
     context: typer.Context,
     annotations: Annotations,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.", show_default=False)],
+    out: ModelFolder,
     images: ImageFolder = None,
     backbone: Backbone = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="YAML", help="Settings.", show_default="the defaults")
-    ] = None,
+    config: HeadSettings = None,
     epochs: Epochs = None,
     seed: Seed = None,
     changes: Changes = None,
     cache: Cache = None,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit a detector (FCOS) on a pyramid of frozen features."""
@@ -66,6 +72,9 @@ def fit(
     settings = load_model(DetectionSettings, config, [*shortcuts, *(changes or [])])
     check_folder(out.parent)
     data = load_boxes(annotations, images)
+    if dry_run:
+        print_plan(data, settings, backbone)
+        return
     with progress_bar("fit") as tell:
         report = fit_detection(
             data,
@@ -187,3 +196,24 @@ def evaluate(
         with written_whole(out) as temporary:
             temporary.write_text(json.dumps(finite(report), indent=2) + "\n", encoding="utf-8")
         note(f"wrote {out}")
+
+
+def print_plan(data: BoxSet, settings: DetectionSettings, backbone: str | None) -> None:
+    """What a fit would do, on stdout.
+
+    Raises:
+        UserError: the backbone cannot be used.
+    """
+    from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, locate_weights
+    from dinov3geo.config import dump_model
+
+    weights = locate_weights(backbone or DEFAULT_BACKBONE)
+    print(dump_model(settings))
+    print_pairs(
+        [
+            ("backbone", str(weights)),
+            ("images", str(len(data.images))),
+            ("without an object", str(sum(not len(image.boxes) for image in data.images))),
+            *((f"boxes of {name}", str(count)) for name, count in data.counts.items()),
+        ]
+    )

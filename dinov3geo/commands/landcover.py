@@ -28,6 +28,7 @@ from dinov3geo.commands.options import (
     DryRun,
     Engine,
     Epochs,
+    HeadSettings,
     Images,
     MapOutput,
     ModelFolder,
@@ -66,10 +67,6 @@ Classes = Annotated[
         show_default=False,
     ),
 ]
-Config = Annotated[
-    Path | None,
-    typer.Option(metavar="YAML", help="Settings, e.g. of configs/heads.", show_default="the defaults"),
-]
 
 
 @landcover.command("fit")
@@ -80,7 +77,7 @@ def fit(
     classes: Classes,
     out: ModelFolder,
     backbone: Backbone = None,
-    config: Config = None,
+    config: HeadSettings = None,
     epochs: Epochs = None,
     seed: Seed = None,
     changes: Changes = None,
@@ -172,7 +169,7 @@ def evaluate(
         ),
     ] = None,
     backbone: Backbone = None,
-    config: Config = None,
+    config: HeadSettings = None,
     epochs: Epochs = None,
     seed: Seed = None,
     changes: Changes = None,

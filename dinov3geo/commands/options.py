@@ -51,7 +51,11 @@ MapOutput = Annotated[
 ]
 ModelFolder = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.", show_default=False)]
 NoSidecars = Annotated[bool, typer.Option("--no-sidecars", help="Write no STAC item, QGIS style and legend.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print settings and the pairs found; fit nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print settings and the data found; fit nothing.")]
+HeadSettings = Annotated[
+    Path | None,
+    typer.Option(metavar="YAML", help="Settings, e.g. of configs/heads.", show_default="the defaults"),
+]
 _IMAGES = typer.Option(
     "--images", metavar="DIR|GLOB", help="Images: a folder, glob or file. Repeatable.", show_default=False
 )

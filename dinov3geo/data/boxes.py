@@ -58,6 +58,12 @@ class BoxSet:
         """Number of boxes."""
         return sum(len(image.boxes) for image in self.images)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of boxes of each class."""
+        labels = np.concatenate([image.labels for image in self.images])
+        return dict(zip(self.classes, np.bincount(labels, minlength=len(self.classes)).tolist(), strict=True))
+
 
 def load_boxes(
     annotations: Path, images: Path | None = None, *, classes: Sequence[str] | None = None

@@ -98,20 +98,17 @@ def fit_detection(
         head = DetectionHead(dims, output=output, patch=frozen.patch_size, settings=settings).to(device)
     head.fit_statistics([views[0].maps for views in samples])
     result = fit_boxes(head, samples, settings.fit, progress=progress)
-    labels = np.concatenate([image.labels for image in data.images])
-    counts = np.bincount(labels, minlength=len(data.classes)).tolist()
-    found = dict(zip(data.classes, counts, strict=True))
     card = model_card(frozen, source, output) | {
         "name": out.name,
         "blocks": list(blocks),
-        "trained_on": {"images": len(data.images), "windows": len(samples), "boxes": found},
+        "trained_on": {"images": len(data.images), "windows": len(samples), "boxes": data.counts},
         "settings": settings.model_dump(),
         "fit": {"epochs": len(result.losses), "losses": [round(x, 6) for x in result.losses]},
         "command": command,
     }
     pictures = {CURVE_FILE: draw_curves(result, error="")}
     save_model(out, frozen, head, card, what="detection", overwrite=overwrite, pictures=pictures)
-    return DetectionFitReport(out, len(samples), found, result)
+    return DetectionFitReport(out, len(samples), data.counts, result)
 
 
 def box_samples(

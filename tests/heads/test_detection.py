@@ -166,6 +166,9 @@ def crowns(tmp_path_factory):
 def test_tree_crowns_from_fit_to_geopackage(crowns, tmp_path, capsys):
     model = tmp_path / "crowns"
     words = ("detect", "fit", crowns, "--out", model, "--cache", tmp_path / "cache", *sets(QUICK))
+    code, out, err = run(capsys, *words, "--dry-run")
+    assert code == 0 and "epochs: 3" in out and not model.exists(), err
+    assert "boxes of Tree" in out
     code, out, err = run(capsys, *words)
     assert code == 0, err
     assert "Tree 61" in out and (model / "learning_curve.png").is_file()
