@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each process")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
     parser.add_argument("--small", action="store_true", help="256 prototypes, 8 images: does it run at all")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--worker", choices=["ours", "peer"], help=argparse.SUPPRESS)
@@ -72,6 +73,7 @@ def _in_turns(options: argparse.Namespace) -> dict[str, Any]:
             command = [python, __file__, "--worker", name, "--images", str(options.images)]
             command += ["--precision", options.precision, "--steps", str(options.steps)]
             command += ["--threads", str(options.threads), *(["--small"] if options.small else [])]
+            command += ["--compile"] if options.compile else []
             answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             runs[name].append(json.loads(answer.stdout.splitlines()[-1]))
     batch = 8 if options.small else BATCH
@@ -127,6 +129,7 @@ def _train_ours(options: argparse.Namespace, steps: int, out: Path) -> None:
                 "workers": 0,
             },
             "checkpoints": {"every": 10**9},
+            "parallel": {"compile": options.compile},
         }
     )
     keep_freed_memory()  # as the command does
