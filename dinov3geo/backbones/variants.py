@@ -16,6 +16,7 @@ Config = VitConfig | ConvNextConfig
 # of the recipe on one CPU core) are ours. There are no released weights of so400m, huge2 and giant2.
 VARIANTS: dict[str, Config] = {
     "vit_micro": VitConfig(96, 4, 3, "mlp", 384),
+    "vit_mini": VitConfig(192, 4, 3, "mlp", 768),
     "vit_tiny": VitConfig(192, 12, 3, "mlp", 768),
     "vit_small": VitConfig(384, 12, 6, "mlp", 1536),
     "vit_small_plus": VitConfig(384, 12, 6, "swiglu", 1536),

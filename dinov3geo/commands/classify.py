@@ -34,8 +34,8 @@ Encoders = Annotated[
     typer.Option(
         "--backbone",
         metavar="NAME|PATH",
-        help="As elsewhere, or rcf, colours, untrained[:VARIANT], timm:MODEL@FILE, transformers:FOLDER. "
-        "Repeatable.",
+        help="As elsewhere, or rcf, colours, pixels, untrained[:VARIANT], timm:MODEL@FILE, "
+        "transformers:FOLDER. Repeatable.",
         show_default="the starter weights",
     ),
 ]

@@ -161,6 +161,32 @@ class ColourStatistics:
         return torch.cat(parts, dim=1)
 
 
+class Pixels:
+    """The image itself, made small: what a representation has to beat."""
+
+    name = "pixels"
+    crop_from: int | None = None
+
+    def __init__(self, size: int = 32) -> None:
+        """Sets the side that images are brought to."""
+        self.size: int | None = size
+
+    def prepare(self, images: ImageSet, train: Indexes) -> None:
+        """Nothing to learn."""
+
+    def columns(self) -> Mapping[str, slice]:
+        """The whole vector."""
+        return {VECTOR: slice(None)}
+
+    def digest(self) -> str:
+        """Differs with the side."""
+        return short_digest(f"{self.name} {self.size}")
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """See `Encoder`."""
+        return numbers.flatten(1)
+
+
 class RandomConvolutions:
     """MOSAIKS by torchgeo's `RCF`: patches of training images, whitened, as filters.
 

@@ -19,12 +19,13 @@ from dinov3geo.evaluation.encoders import (
     BackboneEncoder,
     ColourStatistics,
     Encoder,
+    Pixels,
     RandomConvolutions,
 )
 from dinov3geo.evaluation.peer_encoders import TIMM, TRANSFORMERS, timm_encoder, transformers_encoder
 from dinov3geo.rasters.sensors import Band, Sensor, get_sensor
 
-RCF, COLOURS, UNTRAINED = "rcf", "colours", "untrained"
+RCF, COLOURS, PIXELS, UNTRAINED = "rcf", "colours", "pixels", "untrained"
 BASELINES = (UNTRAINED, RCF, COLOURS)
 
 
@@ -78,8 +79,8 @@ def make_encoders(names: Sequence[str], seen: Input) -> list[Encoder]:
     """Encoders in the order of their names, each name once.
 
     Args:
-        names: `rcf`, `colours`, `untrained`, `untrained:VARIANT`, `timm:NAME@FILE`, `transformers:FOLDER`,
-            or what `load_backbone` takes.
+        names: `rcf`, `colours`, `pixels`, `untrained`, `untrained:VARIANT`, `timm:NAME@FILE`,
+            `transformers:FOLDER`, or what `load_backbone` takes.
         seen: the images.
 
     Raises:
@@ -109,6 +110,8 @@ def make_encoder(name: str, seen: Input) -> Encoder:
     """One encoder; arguments and errors as in `make_encoders`."""
     if name == COLOURS:
         return ColourStatistics()
+    if name == PIXELS:
+        return Pixels()
     if name == RCF:
         return RandomConvolutions(seed=seen.seed + 1)
     if name.startswith(TIMM):

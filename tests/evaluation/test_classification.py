@@ -11,7 +11,13 @@ from dinov3geo import cli
 from dinov3geo.backbones.zoo import load_backbone
 from dinov3geo.errors import ConfigError, DataError, RasterError
 from dinov3geo.evaluation.classification import ClassificationSettings, evaluate_backbone, evaluate_encoder
-from dinov3geo.evaluation.encoders import BackboneEncoder, ColourStatistics, RandomConvolutions, encode
+from dinov3geo.evaluation.encoders import (
+    BackboneEncoder,
+    ColourStatistics,
+    Pixels,
+    RandomConvolutions,
+    encode,
+)
 from dinov3geo.evaluation.fewshot import draw_shots, few_shot
 from dinov3geo.evaluation.image_sets import (
     class_folders,
@@ -67,7 +73,7 @@ def test_all_methods_on_all_baselines(folder):
         draws=2,
         resamples=20,
     )
-    for encoder in (ColourStatistics(), RandomConvolutions(features=32)):
+    for encoder in (ColourStatistics(), RandomConvolutions(features=32), Pixels(4)):
         results, notes = evaluate_encoder(encoder, images, split, settings)
         methods = [r.method for r in results]
         assert methods == ["kNN k=3", "kNN k=5", "kNN k=5, plain", "logistic", "linear", "1-shot", "5-shot"]
@@ -231,8 +237,8 @@ def test_too_few_images_and_damaged_ones(folder, tmp_path):
 
 
 def test_two_weights_of_one_name_are_told_apart():
-    encoders = make_encoders(["vit-tiny-aerial", "colours", "vit-tiny-aerial"], Input(size=32))
-    assert [e.name for e in encoders] == ["vit-tiny-aerial", "colour statistics"]
+    encoders = make_encoders(["vit-tiny-aerial", "colours", "vit-tiny-aerial", "pixels"], Input(size=32))
+    assert [e.name for e in encoders] == ["vit-tiny-aerial", "colour statistics", "pixels"]
     with pytest.raises(ConfigError, match="cannot cut"):
         make_encoders(["colours"], Input(size=None, crop_from=20))
 
