@@ -12,8 +12,10 @@ import torch
 
 from dinov3geo.backbones.card import Normalization
 from dinov3geo.backbones.variants import build_vit
+from dinov3geo.cli import main as command_line
 from dinov3geo.data.crops import CropBatch, CropMaker, CropSettings, Share
 from dinov3geo.data.masking import MaskSettings
+from dinov3geo.data.mixture import MixedChips
 from dinov3geo.training.distiller import distill
 from dinov3geo.training.distributed import World, open_world, whole
 from dinov3geo.training.optimizer import OptimizerSettings, build_optimizer, clip_per_module, set_rates
@@ -132,6 +134,18 @@ def five_steps(world: World) -> None:
     assert float((results["shard"]["student.backbone.cls_token"] - moved).abs().max()) > 1e-4
 
 
+def record_chips(folder: Path) -> None:
+    """From now on every process that reads chips writes down which, in a file of its own."""
+    read = MixedChips.__getitem__
+
+    def recorded(self: MixedChips, address: tuple[int, Sequence[object]]) -> object:
+        with (folder / f"{os.environ['RANK']}_{os.getpid()}.txt").open("a") as file:
+            file.write(f"{address}\n")
+        return read(self, address)
+
+    MixedChips.__getitem__ = recorded
+
+
 def start(*arguments: str, processes: int = 2) -> list[subprocess.Popen[str]]:
     """Processes as torchrun starts them."""
     with socket.socket() as free:
@@ -166,6 +180,9 @@ def main() -> None:
         students = DistillSettings.model_validate_json(Path(sys.argv[2]).read_text())
         distill(students, out=Path(sys.argv[3]), resume=True)
         return
+    if task == "command":
+        record_chips(Path(sys.argv[2]))
+        raise SystemExit(command_line(sys.argv[3:]))
     with open_world(torch.device("cpu")) as world:
         assert world.size == 2
         {"losses_and_gradients": losses_and_gradients, "five_steps": five_steps}[task](world)

@@ -1,5 +1,6 @@
-"""Runs of the command line: a killed reading process, packed chips."""
+"""Runs of the command line: who reads which chips, a killed reading process, packed chips."""
 
+import ast
 import json
 import os
 import signal
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from two_processes import finish, start
 
+from dinov3geo.backbones.store import read_tensors
 from dinov3geo.cli import main
 
 HEAD = "{prototypes: 32, hidden: 16, bottleneck: 8}"
@@ -36,6 +40,18 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def chips_read(folder: Path) -> list[list[str]]:
+    """Chips of each of the two reading processes of each of the two ranks."""
+    files = sorted(folder.iterdir())
+    assert [path.name.split("_")[0] for path in files] == ["0", "0", "1", "1"]
+    return [path.read_text().splitlines() for path in files]
+
+
+def run_ranks(folder: Path, *words: str | Path) -> None:
+    folder.mkdir()
+    finish(start("command", str(folder), *map(str, words)))
+
+
 @pytest.fixture
 def photographs(tmp_path):
     (tmp_path / "photos").mkdir()
@@ -44,6 +60,43 @@ def photographs(tmp_path):
         pixels = rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number:02}.png")
     return tmp_path / "photos"
+
+
+@pytest.mark.slow
+def test_two_ranks_of_two_readers_share_the_epoch_and_go_on_bit_for_bit(photographs, write_raster, tmp_path):
+    """48 images are 6 steps of 8, each read once. Scenes in superblocks end in the same bits."""
+    data = f"{{root: {photographs}, chip_size: 48, workers: 2, sources: [{{kind: images}}]}}"
+    config = write_config(tmp_path / "a.yaml", data)
+    run_ranks(tmp_path / "log", "pretrain", config, "--out", tmp_path / "images")
+    readers = chips_read(tmp_path / "log")
+    # Readers are ahead of the model by a few batches, which belong to the next epoch.
+    keys = [ast.literal_eval(chip)[1][0] for chips in readers for chip in chips[:12]]
+    assert sorted(keys) == list(range(48))
+
+    write_raster("s/a.tif", shape=(3, 200, 220))
+    write_raster("s/b.tif", shape=(3, 90, 90), crs="EPSG:32611")
+    blocks = "superblocks: {size: 64, chips_per_visit: 4, shuffled_visits: 2, lanes: 2}"
+    data = f"{{root: {tmp_path / 's'}, chip_size: 48, workers: 2, {blocks}}}"
+    config = write_config(tmp_path / "b.yaml", data, "checkpoints: {every: 1}\n")
+    words = ["pretrain", config, "--set", "steps=12", "--out"]
+    run_ranks(tmp_path / "whole_log", *words, tmp_path / "whole")
+    whole = chips_read(tmp_path / "whole_log")
+    assert len({chip for chips in whole for chip in chips}) == sum(map(len, whole))
+    (tmp_path / "first_log").mkdir()
+    processes = start("command", str(tmp_path / "first_log"), *map(str, words), str(tmp_path / "parts"))
+    while lines(tmp_path / "parts") < 4:
+        assert processes[0].poll() is None
+        time.sleep(0.005)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert lines(tmp_path / "parts") < 12
+    run_ranks(tmp_path / "second_log", *words, tmp_path / "parts", "--resume")
+    second = {chip for chips in chips_read(tmp_path / "second_log") for chip in chips}
+    assert not any(chips[0] in second for chips in whole)  # it did not begin anew
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    ends = [read_tensors(tmp_path / run / "backbone.safetensors") for run in ("whole", "parts")]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the reading process in /proc")
