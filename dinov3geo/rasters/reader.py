@@ -14,7 +14,7 @@ from typing import Any, Self, cast
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.enums import ColorInterp, Interleaving, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
@@ -141,10 +141,8 @@ class SceneReader:
             self.selecting(bands)
             self._shape_hw = self.info.grid.shape_hw
             self._cache = None if cache is None else self._usable(cache)
-            height, width = self._dataset.block_shapes[0]
-            blocks = -(-self._shape_hw[0] // height) * -(-self._shape_hw[1] // width)
-            #: About what the open file holds in memory beside decoded blocks.
-            self.open_bytes = int(_HANDLE_BYTES + _BYTES_PER_BLOCK * blocks * self.info.num_bands)
+            #: About what the open file holds in memory beside decoded blocks that a cache keeps.
+            self.open_bytes = self._handle_bytes()
         except BaseException:
             self._dataset.close()
             raise
@@ -162,6 +160,14 @@ class SceneReader:
     def close(self) -> None:
         """Closes the file."""
         self._dataset.close()
+
+    def _handle_bytes(self) -> int:
+        height, width = self._dataset.block_shapes[0]
+        blocks = -(-self._shape_hw[0] // height) * -(-self._shape_hw[1] // width)
+        layers = self.info.num_bands if self._dataset.interleaving is Interleaving.pixel else 1
+        # The block read last, as it was stored and decoded.
+        buffers = 2 * height * width * layers * np.dtype(self.info.dtype).itemsize
+        return int(_HANDLE_BYTES + _BYTES_PER_BLOCK * blocks * self.info.num_bands + buffers)
 
     def selecting(self, bands: Sequence[int] | None) -> Self:
         """This reader, giving other bands from now on.

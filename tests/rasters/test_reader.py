@@ -1,6 +1,7 @@
 """Tests of window reads, masks and reads on other grids."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
+from rasterio.env import get_gdal_config, set_gdal_config
 from rasterio.windows import Window
 
 from dinov3geo.errors import DataError, GeoreferenceError, RasterError, UserError
@@ -346,3 +348,33 @@ def test_real_height_lies_on_its_image(data_root):
         expected = np.kron(dataset.read(1), np.ones((10, 10)))
     np.testing.assert_array_equal(numbers[0], expected)
     np.testing.assert_array_equal(valid, expected != -9999)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads resident memory from /proc")
+def test_open_bytes_count_the_buffers_that_gdal_keeps(write_raster):
+    """A file of one block of 1 MiB, deflated noise: without the two buffers 0.1 MiB would be counted."""
+    numbers = np.random.default_rng(0).integers(0, 255, (4, 512, 512), dtype=np.uint8)
+    options = {
+        "compress": "deflate",
+        "interleave": "pixel",
+        "tiled": True,
+        "blockxsize": 512,
+        "blockysize": 512,
+    }
+    paths = [write_raster(f"{number}.tif", array=numbers, **options) for number in range(48)]
+    kept = get_gdal_config("GDAL_CACHEMAX")
+    set_gdal_config("GDAL_CACHEMAX", 2 * numbers.nbytes)
+    begin = resident_bytes()
+    readers = [SceneReader(path) for path in paths]
+    for reader in readers:
+        whole(reader)
+    grown = resident_bytes() - begin
+    set_gdal_config("GDAL_CACHEMAX", kept)
+    counted = sum(reader.open_bytes for reader in readers)
+    assert counted / 3 < grown < 1.2 * counted
+
+
+def resident_bytes():
+    """Anonymous memory of this process."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
