@@ -19,7 +19,7 @@ import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.enums import ColorInterp, Interleaving, MaskFlags
 from rasterio.windows import Window
 
 from dinov3geo.errors import (
@@ -159,6 +159,7 @@ class CubeScene:
         self.nodatavals = tuple(_nodata(layer) for layer in self._layers_of)
         self.descriptions = self._names(dataset, address)
         self.colorinterp = (ColorInterp.undefined,) * self.count
+        self.interleaving = Interleaving.band
         self.mask_flag_enums = ([MaskFlags.nodata],) * self.count
         self.block_shapes = [_chunk(dataset[address.variables[0]], first)] * self.count
         self.crs = _crs(dataset, dataset[address.variables[0]], self.name)
