@@ -16,7 +16,7 @@ from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.evaluation.dense_sets import DenseImage, DenseSet
 from dinov3geo.evaluation.encoders import RandomConvolutions, short_digest
 from dinov3geo.evaluation.image_sets import Indexes
-from dinov3geo.evaluation.named_encoders import COLOURS, RCF, Input, make_backbone, tell_apart
+from dinov3geo.evaluation.named_encoders import COLOURS, PIXELS, RCF, Input, make_backbone, tell_apart
 from dinov3geo.evaluation.peer_encoders import TIMM, TRANSFORMERS
 from dinov3geo.features.extract import default_blocks, extract_feature_maps, pixels_per_patch, weights_digest
 
@@ -193,6 +193,8 @@ def make_dense_encoders(
                 f"{name!r} gives one vector per image, but feature maps are needed; convert the weights "
                 "(dinov3geo convert) and name the file"
             )
+        if name == PIXELS:
+            raise ConfigError(f"{name!r} is a baseline of whole images; for maps use {COLOURS!r} or {RCF!r}")
         if name == COLOURS:
             encoders.append(ColourMaps(lattice))
         elif name == RCF:

@@ -391,7 +391,12 @@ def load_canopy_model(
     """
     folder = BUNDLED_MODELS.get(str(name_or_folder), Path(name_or_folder))
     stored = open_model(
-        folder, CanopySettings, product=CANOPY_HEIGHT.name, valid=BUNDLED_MODELS, backbone=backbone
+        folder,
+        CanopySettings,
+        what="canopy",
+        product=CANOPY_HEIGHT.name,
+        valid=BUNDLED_MODELS,
+        backbone=backbone,
     )
     frozen, settings = stored.backbone, stored.settings
     dims = [frozen.embed_dim] * len(stored.blocks) + [2 * frozen.in_channels] * settings.colours

@@ -296,7 +296,11 @@ def load_detection_model(folder: str | Path) -> DetectionModel:
         DataError: the weights are damaged or do not fit.
     """
     stored = open_model(
-        Path(folder), DetectionSettings, product=PRODUCT, valid=["a folder that `detect fit` wrote"]
+        Path(folder),
+        DetectionSettings,
+        what="detection",
+        product=PRODUCT,
+        valid=["a folder that `detect fit` wrote"],
     )
     backbone = stored.backbone
     dims = [backbone.embed_dim] * len(stored.blocks)

@@ -234,6 +234,7 @@ def open_model[S: BaseModel](
     folder: Path,
     settings: type[S],
     *,
+    what: str,
     product: str,
     valid: Iterable[str],
     backbone: str | Path | None = None,
@@ -243,6 +244,7 @@ def open_model[S: BaseModel](
     Args:
         folder: that `save_model` wrote.
         settings: kind of settings in the card.
+        what: kind of model, for messages.
         product: name of the output that is expected.
         valid: what could have been named, for the message.
         backbone: see `load_model_backbone`.
@@ -252,7 +254,7 @@ def open_model[S: BaseModel](
         ConfigError: the card is missing, incomplete, or belongs to other backbone weights.
     """
     if not folder.is_dir():
-        raise UnknownNameError(f"{product.replace('_', ' ')} model", str(folder), valid)
+        raise UnknownNameError(f"{what} model", str(folder), valid)
     card = read_card(folder / CARD_FILE, product=product)
     try:
         return StoredModel(

@@ -361,7 +361,11 @@ def load_landcover_model(folder: str | Path) -> LandcoverModel:
         DataError: the weights are damaged or do not fit.
     """
     stored = open_model(
-        Path(folder), LandcoverSettings, product=PRODUCT, valid=["a folder that `landcover fit` wrote"]
+        Path(folder),
+        LandcoverSettings,
+        what="land-cover",
+        product=PRODUCT,
+        valid=["a folder that `landcover fit` wrote"],
     )
     dims = [stored.backbone.embed_dim] * len(stored.blocks)
     head = stored.settings.head.build(dims, output=stored.output)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import rasterio
 import torch
 from torchgeo.datasets import IntersectionDataset
 from torchgeo.samplers import GriddedPatchSampler, RandomPatchSampler
@@ -11,21 +10,7 @@ from dinov3geo.data.sampling import ChipSampler
 from dinov3geo.data.scene_pairs import ScenePairs
 from dinov3geo.data.scenes import SceneDataset
 from dinov3geo.errors import DataError
-
-# Pixels of half a metre: their corners are exact in binary, so torchgeo's own arithmetic is, too.
-HALF_METRE = 0.5
-ORIGIN = (400_000.0, 3_280_000.0)
-
-
-def read(path):
-    with rasterio.open(path) as dataset:
-        return dataset.read()
-
-
-def query(left, top, width, height=None, pixel=HALF_METRE, origin=ORIGIN):
-    """A query in pixels from the origin."""
-    x, y = origin[0] + left * pixel, origin[1] - top * pixel
-    return slice(x, x + width * pixel), slice(y - (height or width) * pixel, y)
+from tests.half_metre import HALF_METRE, ORIGIN, query, read
 
 
 def test_pairs_of_ten_to_one(write_raster):

@@ -22,10 +22,7 @@ from dinov3geo.data.sampling import ChipSampler
 from dinov3geo.data.scenes import SceneDataset
 from dinov3geo.errors import DataError, GeoreferenceError, RasterError, UnknownNameError
 from dinov3geo.rasters.sensors import Band, Sensor
-
-# Pixels of half a metre: their corners are exact in binary, so torchgeo's own arithmetic is, too.
-HALF_METRE = 0.5
-ORIGIN = (400_000.0, 3_280_000.0)
+from tests.half_metre import HALF_METRE, ORIGIN, query, read
 
 
 class TorchgeoRgb(RasterDataset):
@@ -45,17 +42,6 @@ def folder(write_raster):
         "0.tif", array=array, nodata=0, pixel_size=HALF_METRE, origin=(ORIGIN[0] + 16, ORIGIN[1] - 8)
     )
     return third.parent
-
-
-def read(path):
-    with rasterio.open(path) as dataset:
-        return dataset.read()
-
-
-def query(left, top, width, height=None, pixel=HALF_METRE, origin=ORIGIN):
-    """A query in pixels from the origin."""
-    x, y = origin[0] + left * pixel, origin[1] - top * pixel
-    return slice(x, x + width * pixel), slice(y - (height or width) * pixel, y)
 
 
 @pytest.mark.parametrize("name", ["a.tif", "b.tif"])

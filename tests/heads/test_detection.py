@@ -222,6 +222,9 @@ def test_bad_annotations_are_one_line(name, text, message, picture, tmp_path, ca
 def test_a_folder_that_is_no_model_and_a_picture_without_a_place(picture, tmp_path, capsys):
     code, _, err = run(capsys, "detect", "predict", picture, "--model", tmp_path, "-o", tmp_path / "x.gpkg")
     assert code == 2 and "card.json" in err
+    missing = tmp_path / "none"
+    code, _, err = run(capsys, "detect", "predict", picture, "--model", missing, "-o", tmp_path / "x.gpkg")
+    assert code == 2 and "unknown detection model" in err and "`detect fit` wrote" in err
     code, _, err = run(capsys, "detect", "predict", picture, "--model", tmp_path, "-o", tmp_path / "x.shp")
     assert code == 2 and "unknown form of table" in err
     (tmp_path / "b.csv").write_text(HEADER + "a.png,1,2,30,40,tree\n")
