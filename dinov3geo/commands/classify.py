@@ -135,19 +135,20 @@ def predict(
         list[Path],
         typer.Argument(metavar="IMAGE|FOLDER...", help="Images, or folders of them.", show_default=False),
     ],
-    model: Annotated[
-        Path, typer.Option(metavar="DIR", help="Written by `classify fit`.", show_default=False)
-    ],
     output: Annotated[
         Path,
         typer.Option(
             "-o", "--output", metavar="OUT", help=".csv, or .gpkg with footprints", show_default=False
         ),
     ],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|DIR", help="Written by `classify fit`.", show_default="the starter model"),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Classify images into a table, or into a GeoPackage where they are georeferenced."""
-    from dinov3geo.evaluation.classifier import classify_files, load_classifier
+    from dinov3geo.evaluation.classifier import DEFAULT_MODEL, classify_files, load_classifier
     from dinov3geo.evaluation.image_sets import list_images
     from dinov3geo.paths import check_target
 
@@ -157,7 +158,7 @@ def predict(
         raise ConfigError(f"no such image: {missing[0]}")
     check_target(output, sources=files, overwrite=overwrite)
     with progress_bar("classify") as tell:
-        table = classify_files(load_classifier(model), files, output, progress=tell)
+        table = classify_files(load_classifier(model or DEFAULT_MODEL), files, output, progress=tell)
     counts = table["class"].value_counts()
     print_pairs([("table", str(output)), ("images", str(len(table)))])
     print_table(["class", "images"], [[str(name), str(count)] for name, count in counts.items()])

@@ -139,8 +139,8 @@ def evaluate(
         ),
     ] = None,
     model: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Score this model on masks new to it.", show_default=False),
+        str | None,
+        typer.Option(metavar="NAME|DIR", help="Score this model on masks new to it.", show_default=False),
     ] = None,
     folds: Annotated[
         int | None,
@@ -229,8 +229,13 @@ def predict(
     scenes: Scenes,
     output: MapOutput,
     model: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder written by `landcover fit`.", show_default=False)
-    ],
+        str | None,
+        typer.Option(
+            metavar="NAME|DIR",
+            help="Folder written by `landcover fit`.",
+            show_default="the starter model",
+        ),
+    ] = None,
     tile: Annotated[
         int | None,
         typer.Option(min=1, help="Side of the square read at a time, pixels.", show_default="as in the fit"),
@@ -265,7 +270,7 @@ def predict(
     A run that was cut off goes on where it was when the same command is given again.
     """
     from dinov3geo.backbones.device import resolve_device
-    from dinov3geo.heads.landcover import load_landcover_model
+    from dinov3geo.heads.landcover import DEFAULT_MODEL, load_landcover_model
     from dinov3geo.predict.jobs import count_tiles
     from dinov3geo.predict.landcover import predict_landcover, write_polygons
     from dinov3geo.predict.sidecars import write_sidecars
@@ -275,7 +280,7 @@ def predict(
         raise ConfigError(f"--polygons takes gpkg or parquet, got {polygons!r}")
     jobs = plan_outputs(find_rasters(scenes), output, product=PRODUCT)
     check_files(jobs, [None] * len(jobs), overwrite=overwrite, sidecars=not no_sidecars)
-    classifier = load_landcover_model(model).to(resolve_device(device))
+    classifier = load_landcover_model(model or DEFAULT_MODEL).to(resolve_device(device))
     side = tile or min(int(classifier.card["settings"]["max_window"]), 512)
     shared = side // 4 if overlap is None else overlap
     # What is wrong with any scene is found before the first one is worked on.

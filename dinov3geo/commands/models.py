@@ -1,4 +1,4 @@
-"""`dinov3geo models`: what can be named as a backbone, a canopy model or a variant."""
+"""`dinov3geo models`: what can be named as a backbone, a model or a variant."""
 
 from __future__ import annotations
 
@@ -48,13 +48,17 @@ def models(
 def _bundled_cards() -> dict[str, dict[str, Any]]:
     """The card of every bundled model, with its kind and the size of its weights."""
     from dinov3geo.backbones.zoo import BUNDLED as BACKBONES
-    from dinov3geo.heads.canopy import BUNDLED_MODELS
-    from dinov3geo.heads.folders import CARD_FILE, HEAD_FILE
+    from dinov3geo.evaluation.classifier import BUNDLED_MODELS as CLASSIFIERS
+    from dinov3geo.heads.canopy import BUNDLED_MODELS as CANOPY
+    from dinov3geo.heads.folders import CARD_FILE, HEAD_FILE, WEIGHTS
+    from dinov3geo.heads.landcover import BUNDLED_MODELS as LANDCOVER
 
     places = [("backbone", name, path, path.with_suffix(".json")) for name, path in BACKBONES.items()]
+    kinds = {"canopy height": CANOPY, "land cover": LANDCOVER, "scene class": CLASSIFIERS}
     places += [
-        ("canopy height", name, folder / HEAD_FILE, folder / CARD_FILE)
-        for name, folder in BUNDLED_MODELS.items()
+        (kind, name, WEIGHTS / name / HEAD_FILE, WEIGHTS / name / CARD_FILE)
+        for kind, names in kinds.items()
+        for name in names
     ]
     return {name: {"kind": kind, **_read_card(weights, card)} for kind, name, weights, card in places}
 

@@ -31,6 +31,7 @@ from dinov3geo.heads.base import OutputSpec
 from dinov3geo.heads.folders import (
     CARD_FILE,
     check_free,
+    find_model,
     load_head_weights,
     load_model_backbone,
     model_card,
@@ -41,6 +42,8 @@ from dinov3geo.paths import written_whole
 from dinov3geo.rasters.reader import RASTER_SUFFIXES, inspect_scene
 
 PRODUCT = "scene_class"
+DEFAULT_MODEL = "eurosat-tiny-satellite"
+BUNDLED_MODELS = (DEFAULT_MODEL,)
 TABLE_SUFFIXES = (".csv", ".gpkg")
 _WGS84 = CRS.from_epsg(4326)
 
@@ -222,13 +225,15 @@ def _fit_head(
     return LinearClasses(model.weight, model.bias), max(scores), {"c": c}
 
 
-def load_classifier(folder: Path) -> SceneClassifier:
-    """A classifier that `fit_classifier` saved.
+def load_classifier(name_or_folder: str | Path = DEFAULT_MODEL) -> SceneClassifier:
+    """A bundled classifier, or one that `fit_classifier` saved.
 
     Raises:
+        UnknownNameError: neither a bundled name nor a folder.
         ConfigError: not such a model, or of other weights than the backbone's.
         DataError: its weights are damaged.
     """
+    folder = find_model(name_or_folder, BUNDLED_MODELS, what="classification", command="classify fit")
     card = read_card(folder / CARD_FILE, product=PRODUCT)
     try:
         backbone = load_model_backbone(folder, card)

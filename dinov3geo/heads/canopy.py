@@ -24,6 +24,7 @@ from dinov3geo.heads.dpt import DPTHead
 from dinov3geo.heads.fit import FitResult, FitSample, fit_head, predict_cells
 from dinov3geo.heads.folders import (
     check_free,
+    find_model,
     load_head_weights,
     model_card,
     open_model,
@@ -34,10 +35,8 @@ from dinov3geo.heads.heights import HeightFitSettings, HeightObjective
 from dinov3geo.heads.registration import find_shift, inner_folds, move_back
 from dinov3geo.heads.samples import StageProgress, build_samples
 
-BUNDLED_MODELS: dict[str, Path] = {
-    "canopy-tiny-aerial": Path(__file__).parent / "weights" / "canopy-tiny-aerial"
-}
 DEFAULT_MODEL = "canopy-tiny-aerial"
+BUNDLED_MODELS = (DEFAULT_MODEL,)
 CanopyHead = ContextHead | DPTHead
 CANOPY_HEIGHT = OutputSpec("canopy_height", unit="m", minimum=0.0, maximum=80.0)
 
@@ -389,15 +388,8 @@ def load_canopy_model(
         ConfigError: the card is missing, incomplete, or belongs to other backbone weights.
         DataError: the weights are damaged or do not fit.
     """
-    folder = BUNDLED_MODELS.get(str(name_or_folder), Path(name_or_folder))
-    stored = open_model(
-        folder,
-        CanopySettings,
-        what="canopy",
-        product=CANOPY_HEIGHT.name,
-        valid=BUNDLED_MODELS,
-        backbone=backbone,
-    )
+    folder = find_model(name_or_folder, BUNDLED_MODELS, what="canopy", command="canopy fit")
+    stored = open_model(folder, CanopySettings, product=CANOPY_HEIGHT.name, backbone=backbone)
     frozen, settings = stored.backbone, stored.settings
     dims = [frozen.embed_dim] * len(stored.blocks) + [2 * frozen.in_channels] * settings.colours
     head = settings.head.build(dims, output=stored.output)

@@ -19,7 +19,7 @@ from torchvision.models.detection.image_list import ImageList
 from dinov3geo.features.extract import extract_feature_maps
 from dinov3geo.heads.base import OutputSpec
 from dinov3geo.heads.dpt import Reassemble, Standardize
-from dinov3geo.heads.folders import load_head_weights, open_model
+from dinov3geo.heads.folders import find_model, load_head_weights, open_model
 from dinov3geo.heads.frozen import FrozenModel
 from dinov3geo.heads.segmentation import fit_standards
 
@@ -295,13 +295,8 @@ def load_detection_model(folder: str | Path) -> DetectionModel:
         ConfigError: the card is missing, incomplete, or belongs to other backbone weights.
         DataError: the weights are damaged or do not fit.
     """
-    stored = open_model(
-        Path(folder),
-        DetectionSettings,
-        what="detection",
-        product=PRODUCT,
-        valid=["a folder that `detect fit` wrote"],
-    )
+    found = find_model(folder, (), what="detection", command="detect fit")
+    stored = open_model(found, DetectionSettings, product=PRODUCT)
     backbone = stored.backbone
     dims = [backbone.embed_dim] * len(stored.blocks)
     head = DetectionHead(dims, output=stored.output, patch=backbone.patch_size, settings=stored.settings)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ CARD_FORMAT = "dinov3geo-head/1"
 SOURCE = "source"
 """Key of a card: where the backbone lies that is neither bundled nor in the folder."""
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
+WEIGHTS = Path(__file__).parent / "weights"
+"""Models that come with the package, a folder each."""
 
 
 def save_model(
@@ -230,31 +232,45 @@ class StoredModel[S: BaseModel]:
     backbone: Backbone
 
 
+def find_model(name_or_folder: str | Path, bundled: Collection[str], *, what: str, command: str) -> Path:
+    """The folder behind a bundled name or a path.
+
+    Args:
+        name_or_folder: given by the user.
+        bundled: names of models of this kind in `WEIGHTS`.
+        what: kind of model, for the message.
+        command: that writes such folders, for the message.
+
+    Raises:
+        UnknownNameError: neither such a name nor a folder.
+    """
+    if str(name_or_folder) in bundled:
+        return WEIGHTS / str(name_or_folder)
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        valid = [*bundled, f"a folder that `{command}` wrote"]
+        raise UnknownNameError(f"{what} model", str(name_or_folder), valid)
+    return folder
+
+
 def open_model[S: BaseModel](
     folder: Path,
     settings: type[S],
     *,
-    what: str,
     product: str,
-    valid: Iterable[str],
     backbone: str | Path | None = None,
 ) -> StoredModel[S]:
     """Reads a model's folder, all but the head.
 
     Args:
-        folder: that `save_model` wrote.
+        folder: from `find_model`.
         settings: kind of settings in the card.
-        what: kind of model, for messages.
         product: name of the output that is expected.
-        valid: what could have been named, for the message.
         backbone: see `load_model_backbone`.
 
     Raises:
-        UnknownNameError: no such folder.
         ConfigError: the card is missing, incomplete, or belongs to other backbone weights.
     """
-    if not folder.is_dir():
-        raise UnknownNameError(f"{what} model", str(folder), valid)
     card = read_card(folder / CARD_FILE, product=product)
     try:
         return StoredModel(

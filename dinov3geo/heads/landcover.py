@@ -29,6 +29,7 @@ from dinov3geo.heads.dpt import DPTHead
 from dinov3geo.heads.fit import FitResult, FitSample, fit_head, predict_cells
 from dinov3geo.heads.folders import (
     check_free,
+    find_model,
     load_head_weights,
     model_card,
     open_model,
@@ -40,6 +41,8 @@ from dinov3geo.heads.segmentation import BatchNormHead, LinearHead, UPerNetHead
 from dinov3geo.rasters.bands import choose_bands
 
 PRODUCT = "land_cover"
+DEFAULT_MODEL = "landcover-tiny-satellite"
+BUNDLED_MODELS = (DEFAULT_MODEL,)
 HEAD_KINDS = ("linear", "batchnorm", "upernet", "dpt")
 ClassHead = LinearHead | BatchNormHead | UPerNetHead | DPTHead
 
@@ -352,21 +355,16 @@ def predict_classes(head: Head, sample: FitSample) -> NDArray[np.uint8]:
     return chosen.cpu().numpy().astype(np.uint8)
 
 
-def load_landcover_model(folder: str | Path) -> LandcoverModel:
-    """A model that `fit_landcover` wrote, ready to predict, on the CPU.
+def load_landcover_model(name_or_folder: str | Path = DEFAULT_MODEL) -> LandcoverModel:
+    """A bundled model, or one that `fit_landcover` wrote, ready to predict, on the CPU.
 
     Raises:
-        UnknownNameError: no such folder.
+        UnknownNameError: neither a bundled name nor a folder.
         ConfigError: the card is missing, incomplete, or belongs to other backbone weights.
         DataError: the weights are damaged or do not fit.
     """
-    stored = open_model(
-        Path(folder),
-        LandcoverSettings,
-        what="land-cover",
-        product=PRODUCT,
-        valid=["a folder that `landcover fit` wrote"],
-    )
+    folder = find_model(name_or_folder, BUNDLED_MODELS, what="land-cover", command="landcover fit")
+    stored = open_model(folder, LandcoverSettings, product=PRODUCT)
     dims = [stored.backbone.embed_dim] * len(stored.blocks)
     head = stored.settings.head.build(dims, output=stored.output)
     load_head_weights(stored.folder, head)

@@ -14,7 +14,7 @@ from dinov3geo.features.extract import weights_digest
 from dinov3geo.heads.base import HeightModel
 from dinov3geo.predict.checks import ModelInput, check_numbers, gsd_warnings
 from dinov3geo.predict.engines import CACHE_BYTES, TileTask
-from dinov3geo.predict.runners import sample_features
+from dinov3geo.predict.runners import ClassModel, sample_features
 from dinov3geo.predict.stream import Floats, RunTiles
 from dinov3geo.rasters.bands import choose_bands
 from dinov3geo.rasters.geotiff import block_cache
@@ -107,8 +107,8 @@ def count_tiles(scene: Path, tile: int, overlap: int) -> int:
     return len(inspect_scene(scene).grid.tiles(tile, overlap))
 
 
-def canopy_input(model: HeightModel, name: str) -> ModelInput:
-    """Bands of the backbone, GSD of the heights' training where the card tells it."""
+def model_input(model: HeightModel | ClassModel, name: str) -> ModelInput:
+    """Bands of the backbone, GSD of the head's training where the card tells it."""
     backbone = ModelInput.of_backbone(model.backbone)
     gsd = model.card.get("gsd_m")
     return ModelInput(

@@ -18,10 +18,9 @@ from shapely.geometry import shape
 from dinov3geo.errors import ConfigError, RasterError
 from dinov3geo.paths import check_target
 from dinov3geo.predict.batches import batch_that_fits
-from dinov3geo.predict.checks import ModelInput
 from dinov3geo.predict.encodings import Encoding, class_encoding, entropy_encoding, probability_encoding
 from dinov3geo.predict.engines import Progress, check_engine, write_maps
-from dinov3geo.predict.jobs import file_tags, model_facts, prepare
+from dinov3geo.predict.jobs import file_tags, model_facts, model_input, prepare
 from dinov3geo.predict.runners import ClassModel, class_runner
 from dinov3geo.predict.sidecars import class_names
 
@@ -95,8 +94,7 @@ def predict_landcover(
     scene, output = Path(scene), Path(output)
     check_engine(engine)
     names = model.output.class_names
-    card = ModelInput.of_backbone(model.backbone)
-    wanted = ModelInput(model_name or card.name, card.normalization, card.gsd_m)
+    wanted = model_input(model, model_name)
     tags = file_tags(wanted.name, command)
     outputs: list[tuple[Path, Encoding]] = [(output, class_encoding(model.output, tags=tags))]
     if uncertainty is not None:

@@ -23,7 +23,7 @@ from dinov3geo.predict.batches import batch_that_fits
 from dinov3geo.predict.checks import ModelInput, check_picture
 from dinov3geo.predict.encodings import feature_encoding, height_encoding
 from dinov3geo.predict.engines import Progress, check_engine, write_map
-from dinov3geo.predict.jobs import canopy_input, file_tags, model_facts, prepare
+from dinov3geo.predict.jobs import file_tags, model_facts, model_input, prepare
 from dinov3geo.predict.preview import write_preview
 from dinov3geo.predict.runners import canopy_runner, feature_runner, pca_runner
 from dinov3geo.predict.stores import WRITERS, write_store
@@ -145,7 +145,7 @@ def predict_canopy(
     check_engine(engine)
     if png is not None:
         check_picture(png, sources=(scene, output), overwrite=overwrite)
-    wanted = canopy_input(model, model_name)
+    wanted = model_input(model, model_name)
     check_target(output, sources=(scene,), overwrite=overwrite)
     encoding = height_encoding(
         model.output, integer=integer, uncertainty=uncertainty, tags=file_tags(wanted.name, command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from dinov3geo.rasters.grid import TilePlan
 
 
 class ClassModel(Protocol):
-    """What a land-cover model is for the engine: a backbone and class probabilities of each pixel."""
+    """What a land-cover model is for the engine: backbone, card, class probabilities of each pixel."""
 
     backbone: Backbone
+    card: dict[str, Any]
 
     @property
     def output(self) -> OutputSpec:

@@ -12,18 +12,28 @@ from dinov3geo.rasters.sensors import SENSORS
 RGB = ("red", "green", "blue")
 
 _KNOWN_NAMES = frozenset(name for sensor in SENSORS.values() for name in sensor.band_names)
+# Names that mean one colour wherever two digits are written: Sentinel-2 and the harmonised HLS products agree
+# on these, whereas "B2" is blue on Landsat 8 and green on Landsat 4 to 7. Source: ESA, Sentinel-2 MSI; NASA,
+# HLS v2.
+_COLOURS_OF_NUMBERS = {"b02": "blue", "b03": "green", "b04": "red"}
 
 
 def described_bands(info: SceneInfo, wanted: Sequence[str]) -> tuple[str, ...]:
-    """Per band its description in lower case where that names a band, else "".
+    """Per band its description in lower case where that names a band, else ""; B02 to B04 become colours.
 
     Args:
         info: of the file.
         wanted: names that count beside those of the known sensors.
     """
-    known = _KNOWN_NAMES.union(name.lower() for name in wanted)
-    texts = (text.strip().lower() for text in info.band_names)
+    names = {name.lower() for name in wanted}
+    known = _KNOWN_NAMES | names
+    texts = (_colour_unless_wanted(text.strip().lower(), names) for text in info.band_names)
     return tuple(text if text in known else "" for text in texts)
+
+
+def _colour_unless_wanted(text: str, wanted: set[str]) -> str:
+    """The colour of a numbered band of Sentinel-2, unless the number itself is looked for."""
+    return text if text in wanted else _COLOURS_OF_NUMBERS.get(text, text)
 
 
 def find_bands(info: SceneInfo, wanted: Sequence[str]) -> tuple[int, ...] | None:

@@ -71,8 +71,16 @@ def test_names_that_lack_a_band_are_refused(write_raster: WriteRaster, names: li
 
 
 def test_descriptions_that_name_no_band_do_not_count(write_raster: WriteRaster) -> None:
-    scene = write_raster(band_names=["B04", "B03", "B02"])
+    scene = write_raster(band_names=["first", "B3", "B2"])
     assert choose_bands(scene, RGB, model="vit-test") == ((1, 2, 3), [])
+
+
+def test_numbered_bands_of_sentinel2_are_colours(write_raster: WriteRaster) -> None:
+    scene = write_raster(band_names=["B02", "b03", "B04"], photometric="MINISBLACK")
+    assert choose_bands(scene, RGB, model="vit-test") == ((3, 2, 1), [])
+    assert choose_bands(scene, ("B02", "B03", "B04"), model="vit-test") == ((1, 2, 3), [])
+    with pytest.raises(DataError, match="names its bands blue, green, red; model 'vit-test' needs"):
+        choose_bands(scene, ("red", "nir", "blue"), model="vit-test")
 
 
 def test_bands_are_found_by_colour_interpretation(write_raster: WriteRaster) -> None:

@@ -1,8 +1,9 @@
 """Land cover by a model whose classes are known."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import geopandas
 import numpy as np
@@ -26,6 +27,7 @@ class BrightnessModel:
     """Classes by the brightness of the red band; each tile is a little surer of what it sees on its left."""
 
     backbone: VisionTransformer
+    card: dict[str, Any] = field(default_factory=dict)
 
     @property
     def output(self) -> OutputSpec:
