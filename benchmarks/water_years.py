@@ -1,6 +1,7 @@
 """Water of one place through the years by the tracker: the NDWI of the first date is the mask.
 
-Command: python benchmarks/water_years.py DATA/naip -o OUT [--backbone NAME|PATH] [--threshold 0.0] [--pixels]
+Command: python benchmarks/water_years.py DATA/naip -o OUT --sensor naip [--backbone NAME|PATH]
+[--threshold 0.0] [--pixels]
 
 Writes `first_mask.tif`, a mask per date, an overlay video (as `dinov3geo track` does), and `areas.csv`: the
 tracked area of each date beside that of its own NDWI, and their IoU. NDWI = (green - near infrared) /
@@ -25,6 +26,8 @@ from dinov3geo.evaluation.follow import follow
 from dinov3geo.evaluation.frames import Frames, patch_encoder, pixel_encoder, read_mask, write_mask
 from dinov3geo.evaluation.mask_metrics import region_similarity
 from dinov3geo.paths import written_whole
+from dinov3geo.rasters.bands import choose_bands
+from dinov3geo.rasters.sensors import get_sensor
 
 _WANTED = ("green", "nir")
 
@@ -40,12 +43,21 @@ def run(given: argparse.Namespace) -> list[list[str]]:
     """Tracks and checks; gives the rows of `areas.csv`."""
     network = load_backbone(given.backbone)
     assert network.card is not None
-    frames = Frames(given.folder, bands=network.card.normalization.bands, model=network.card.name)
+    order = None if given.sensor is None else get_sensor(given.sensor).band_names
+    normalization, name = network.card.normalization, network.card.name
+    frames = Frames(given.folder, bands=normalization.bands, model=name, order=order)
     if frames.grid is None:
         raise DataError(f"{given.folder} holds pictures without a place; expected GeoTIFFs of one place")
+    _, guesses = choose_bands(frames.files[0], _WANTED, model="NDWI", order=order)
+    if guesses:
+        # The first bands would be red and green in most files: an index of something else.
+        raise DataError(
+            f"{frames.files[0]} does not say which band is green and which near infrared; name its bands, or "
+            "the sensor with --sensor, e.g. --sensor naip"
+        )
     water = [
         ndwi(*(band.numpy() for band in read())) > given.threshold
-        for read in Frames(given.folder, bands=_WANTED, model="NDWI").readers()
+        for read in Frames(given.folder, bands=_WANTED, model="NDWI", order=order).readers()
     ]
     if not water[0].any():
         raise DataError(
@@ -86,6 +98,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="GeoTIFFs of one place, in the order of their names")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE)
+    parser.add_argument("--sensor", help="name or YAML: whose order the bands have in files without names")
     parser.add_argument("--threshold", type=float, default=0.0)
     parser.add_argument("--short-side", type=int, default=480)
     parser.add_argument("--pixels", action="store_true", help="compare raw pixels instead of features")

@@ -37,13 +37,22 @@ class Frames:
         grid: of georeferenced frames, else None.
     """
 
-    def __init__(self, folder: Path, *, bands: Sequence[str], model: str, start: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        bands: Sequence[str],
+        model: str,
+        order: Sequence[str] | None = None,
+        start: str | None = None,
+    ) -> None:
         """Lists the frames.
 
         Args:
             folder: of images, looked at without its sub-folders.
             bands: names of the bands to read.
             model: that wants them, for messages.
+            order: of the bands in rasters that describe none of them, or None.
             start: name of the frame to begin with, with or without suffix; None for the first.
 
         Raises:
@@ -61,7 +70,7 @@ class Frames:
             self.files = self.files[names.index(Path(start).stem) :]
         if len(self.files) < 2:
             raise DataError(f"{folder} has {len(self.files)} frames; at least 2 are needed")
-        self._bands, self._model = tuple(bands), model
+        self._bands, self._model, self._order = tuple(bands), model, order
         placed = self.files[0].suffix.lower() in RASTER_SUFFIXES
         self.grid: PixelGrid | None = inspect_scene(self.files[0]).grid if placed else None
 
@@ -74,7 +83,7 @@ class Frames:
         path = self.files[index]
         if self.grid is None:
             return read_image(path, self._bands)
-        chosen, _ = choose_bands(path, self._bands, model=self._model)
+        chosen, _ = choose_bands(path, self._bands, model=self._model, order=self._order)
         numbers, _ = read_on_grid(path, self.grid, bands=chosen, resampling="bilinear")
         return as_tensor(numbers)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinov3geo.data.image_folder import IMAGE_SUFFIXES, decode_image, hash_share
 from dinov3geo.errors import DataError, GeoreferenceError, RasterError, UnknownNameError
-from dinov3geo.rasters.bands import RGB, described_bands, find_bands
+from dinov3geo.rasters.bands import RGB, find_bands, ordered_bands
 from dinov3geo.rasters.reader import RASTER_SUFFIXES, SceneReader
 
 SUFFIXES = (*IMAGE_SUFFIXES, *RASTER_SUFFIXES)
@@ -282,13 +282,8 @@ def read_image(
 def _positions(
     path: Path, reader: SceneReader, bands: Sequence[str], order: Sequence[str] | None
 ) -> tuple[int, ...]:
-    if order is not None and not any(described_bands(reader.info, bands)):
-        if reader.info.num_bands != len(order):
-            raise DataError(
-                f"{path} has {reader.info.num_bands} bands, expected {len(order)}: {', '.join(order)}"
-            )
-        return tuple(list(order).index(band) + 1 for band in bands)
-    found = find_bands(reader.info, bands)
+    found = None if order is None else ordered_bands(reader.info, bands, order)
+    found = found or find_bands(reader.info, bands)
     if found is not None:
         return found
     if len(reader.bands) != len(bands):

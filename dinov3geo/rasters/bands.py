@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinov3geo.errors import DataError
+from dinov3geo.errors import DataError, UnknownNameError
 from dinov3geo.rasters.reader import SceneInfo, SceneReader
 from dinov3geo.rasters.sensors import SENSORS
 
@@ -59,16 +59,44 @@ def order_contradicts_colours(info: SceneInfo, wanted: Sequence[str], chosen: Se
     return any(colour in RGB and colour != name.lower() for colour, name in zip(colours, wanted, strict=True))
 
 
-def choose_bands(scene: Path, wanted: Sequence[str], *, model: str) -> tuple[tuple[int, ...], list[str]]:
+def ordered_bands(info: SceneInfo, wanted: Sequence[str], order: Sequence[str]) -> tuple[int, ...] | None:
+    """Finds bands of a file that describes none by the order in which its sensor has them, alpha included.
+
+    Args:
+        info: of the file.
+        wanted: names of bands.
+        order: name of each band of the file.
+
+    Returns:
+        1-based indexes in the order of `wanted`, or None if the file says itself which band is which.
+
+    Raises:
+        DataError: another number of bands.
+        UnknownNameError: a wanted band that the sensor does not have.
+    """
+    if any(described_bands(info, wanted)):
+        return None
+    if info.num_bands != len(order):
+        raise DataError(f"{info.path} has {info.num_bands} bands, expected {len(order)}: {', '.join(order)}")
+    for name in wanted:
+        if name not in order:
+            raise UnknownNameError("band", name, order)
+    return tuple(list(order).index(name) + 1 for name in wanted)
+
+
+def choose_bands(
+    scene: Path, wanted: Sequence[str], *, model: str, order: Sequence[str] | None = None
+) -> tuple[tuple[int, ...], list[str]]:
     """Finds the bands of a scene that a model needs.
 
-    Bands are taken by their names (descriptions), else by their colour interpretation, else in the file's
-    order; alpha is not counted.
+    Bands are taken by their names (descriptions), else by the order that is known, else by their colour
+    interpretation, else in the file's order; alpha is counted only in an order that is known.
 
     Args:
         scene: raster file.
         wanted: names of the bands that the model takes.
         model: its name, for messages.
+        order: see `ordered_bands`, or None.
 
     Returns:
         1-based indexes in the model's order, and warnings.
@@ -79,7 +107,8 @@ def choose_bands(scene: Path, wanted: Sequence[str], *, model: str) -> tuple[tup
     """
     with SceneReader(scene) as reader:
         available, info = reader.bands, reader.info
-    found = find_bands(info, wanted)
+    found = None if order is None else ordered_bands(info, wanted, order)
+    found = found or find_bands(info, wanted)
     if found is not None:
         return found, []
     needs = f"model {model!r} needs {len(wanted)}: {', '.join(wanted)}"
