@@ -316,6 +316,9 @@ def test_encoders_that_give_no_maps_or_take_other_bands(folder, tmp_path, capsys
     words = (config, "-o", tmp_path / "out", "--cache", tmp_path)
     code, _, err = run(capsys, *words, "--backbone", "timm:vit@x")
     assert code == 2 and "feature maps are needed" in err
+    code, out, err = run(capsys, *words, "--backbone", "pixels")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("error: 'pixels' is a baseline of whole images; for maps use 'colours' or 'rcf'")
     config = write_config(
         tmp_path / "q.yaml", folder_source(folder) | {"quantity": {"maximum": 9}, "classes": None}
     )
