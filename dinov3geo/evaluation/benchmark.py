@@ -27,11 +27,11 @@ from dinov3geo.evaluation.dense import (
     splits_of,
 )
 from dinov3geo.evaluation.dense_encoders import make_dense_encoders
-from dinov3geo.evaluation.dense_sets import DenseSource, load_dense_set
+from dinov3geo.evaluation.dense_sets import DenseSet, DenseSource, load_dense_set
 from dinov3geo.evaluation.discovery import DiscoverySource, correct_localisation
 from dinov3geo.evaluation.encoders import DEFAULT_SIZE, short_digest
 from dinov3geo.evaluation.frames import patch_encoder, pixel_encoder
-from dinov3geo.evaluation.image_sets import read_image, split_images
+from dinov3geo.evaluation.image_sets import ImageSet, Indexes, read_image, split_images
 from dinov3geo.evaluation.named_encoders import BASELINES, UNTRAINED, Input, make_encoders, untrained
 from dinov3geo.evaluation.results import Row, read_rows, results_text, rows_of
 from dinov3geo.evaluation.sources import Source, load_source, measure
@@ -158,16 +158,7 @@ def _classification(
     assert source is not None
     images = load_source(source, name=config.name)
     split = split_images(images, test_share=settings.test_share, validation_share=settings.validation_share)
-    seen = Input(
-        size=config.size,
-        crop_from=config.crop_from,
-        bands=images.bands,
-        sensor=source.sensor,
-        stem=config.stem,
-        normalization=measure(images, split.fitted, images.bands) if source.statistics == "train" else None,
-        device=device,
-        seed=settings.seed,
-    )
+    seen = _input(config, source, images, split.fitted, device, settings.seed)
     rows: list[Row] = []
     notes: list[str] = []
     kept = 0
@@ -207,15 +198,7 @@ def _dense(
     splits = splits_of(images, settings)
     # Bands are measured on what no part holds out, or on everything where each place is held out once.
     seen_in_training = splits[0][0] if len(splits) == 1 else np.arange(len(images))
-    of_training = source.statistics == "train"
-    seen = Input(
-        bands=images.bands,
-        sensor=source.sensor,
-        stem=config.stem,
-        normalization=measure(images, seen_in_training, images.bands) if of_training else None,
-        device=device,
-        seed=settings.seed,
-    )
+    seen = _input(config, source, images, seen_in_training, device, settings.seed)
     rows: list[Row] = []
     kept = 0
     for encoder in make_dense_encoders(names, seen, num_maps=settings.num_maps, lattice=settings.lattice):
@@ -237,6 +220,27 @@ def _dense(
                 _keep(path, rows_of(config.name, encoder.name, kind, found.scores, found.details), [])
             rows += read_rows(path)
     return BenchmarkRun(tuple(rows), (), kept)
+
+
+def _input(
+    config: BenchmarkConfig,
+    source: Source | DenseSource,
+    images: ImageSet | DenseSet,
+    fitted: Indexes,
+    device: torch.device,
+    seed: int,
+) -> Input:
+    """How encoders see a set of images; statistics of its own are those of the part that is `fitted`."""
+    return Input(
+        size=config.size,
+        crop_from=config.crop_from,
+        bands=images.bands,
+        sensor=source.sensor,
+        stem=config.stem,
+        normalization=measure(images, fitted, images.bands) if source.statistics == "train" else None,
+        device=device,
+        seed=seed,
+    )
 
 
 def _part_file(parts: Path, name: str, facts: Sequence[object]) -> Path:

@@ -288,16 +288,9 @@ def _pairs_set(source: DenseSource, name: str, bands: Sequence[str], max_window:
     files = {path: path.stat() for pair in pairs for path in (pair.image, pair.target)}
     facts = [(str(p.image), str(p.target), str(p.window)) for p in pairs]
     states = [(str(path), state.st_size, state.st_mtime_ns) for path, state in files.items()]
-    return DenseSet(
-        name,
-        tuple(f"{p.image.name} {p.window.row_off} {p.window.col_off}" for p in pairs),
-        tuple(p.group for p in pairs),
-        load,
-        () if source.classes is None else source.classes.names,
-        tuple(bands),
-        None if parts is None else tuple(parts),
-        _digest((parts, facts, states, _meaning(source), tuple(bands))),
-    )
+    names = [f"{p.image.name} {p.window.row_off} {p.window.col_off}" for p in pairs]
+    stamp = (parts, facts, states, _meaning(source), tuple(bands))
+    return _make_set(source, name, bands, load, names, [p.group for p in pairs], parts, stamp)
 
 
 def _load_raster_pair(pair: RasterPair, source: DenseSource, bands: Sequence[str]) -> DenseImage:
@@ -371,17 +364,9 @@ def _folder_set(source: DenseSource, name: str, bands: Sequence[str]) -> DenseSe
         return _whole(image, target, known, image_file)
 
     states = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for pair in files for p in pair]
-    names = tuple(str(image.relative_to(source.root)) for image, _ in files)
-    return DenseSet(
-        name,
-        names,
-        names,
-        load,
-        () if source.classes is None else source.classes.names,
-        tuple(bands),
-        None if "" in parts else tuple(parts),
-        _digest((states, _meaning(source), tuple(bands))),
-    )
+    names = [str(image.relative_to(source.root)) for image, _ in files]
+    stamp = (states, _meaning(source), tuple(bands))
+    return _make_set(source, name, bands, load, names, names, None if "" in parts else parts, stamp)
 
 
 def match_names(
@@ -455,18 +440,26 @@ def _torchgeo_set(source: DenseSource, name: str, bands: Sequence[str]) -> Dense
         numbers = image if image.dtype == torch.uint8 else as_tensor(image.numpy())
         return _whole(numbers, target, known, f"{source.dataset} {part} {place}")
 
-    names = tuple(f"{part}/{index}" for part, index in places)
-    facts = (source.model_dump(mode="json"), len(places), str(source.root.resolve()))
-    return DenseSet(
-        name,
-        names,
-        names,
-        load,
-        () if source.classes is None else source.classes.names,
-        tuple(bands),
-        tuple(part_name(part, source.root) for part, _ in places),
-        _digest(facts),
-    )
+    names = [f"{part}/{index}" for part, index in places]
+    parts = [part_name(part, source.root) for part, _ in places]
+    stamp = (source.model_dump(mode="json"), len(places), str(source.root.resolve()))
+    return _make_set(source, name, bands, load, names, names, parts, stamp)
+
+
+def _make_set(
+    source: DenseSource,
+    name: str,
+    bands: Sequence[str],
+    load: Callable[[int], DenseImage],
+    names: Sequence[str],
+    groups: Sequence[str],
+    parts: Sequence[str] | None,
+    stamp: object,
+) -> DenseSet:
+    """A set of what a source holds; see `DenseSet`, `stamp` being whatever changes when the files do."""
+    classes = () if source.classes is None else source.classes.names
+    own_parts = None if parts is None else tuple(parts)
+    return DenseSet(name, tuple(names), tuple(groups), load, classes, tuple(bands), own_parts, _digest(stamp))
 
 
 def _whole(image: Tensor, target: Tensor, known: Tensor, where: object) -> DenseImage:
