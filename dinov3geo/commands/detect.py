@@ -61,7 +61,11 @@ def fit(
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fit a detector (FCOS) on a pyramid of frozen features."""
+    """Fit a detector (FCOS) on a pyramid of frozen features.
+
+    A fit that was cut off goes on where it was when the same command is given again. With
+    --set fit.validation_share=0.2 it stops early by images kept out and reports their average precision.
+    """
     from dinov3geo.config import load_model
     from dinov3geo.data.boxes import load_boxes
     from dinov3geo.heads.detection import DetectionSettings
@@ -86,12 +90,23 @@ def fit(
             command=command_line(context),
             progress=lambda stage, done, total: tell(done, total, label=stage),
         )
+    result, scores = report.result, report.scores
+    if result.resumed_epoch:
+        note(f"went on after epoch {result.resumed_epoch} of a fit that was cut off")
+    validation = "none (fit.validation_share=0)"
+    if scores is not None:
+        validation = (
+            f"mAP {scores.map:.3f}, mAP 50 {scores.map_50:.3f} of {scores.boxes} boxes in {scores.images} "
+            "windows kept out while the epoch was chosen"
+        )
     print_pairs(
         [
             ("model", str(report.folder)),
             ("images", f"{len(data.images)} in {report.windows} windows"),
             ("boxes", ", ".join(f"{name} {count}" for name, count in report.counts.items())),
-            ("loss", f"{report.result.losses[0]:.3f} to {report.result.losses[-1]:.3f}"),
+            ("loss", f"{result.losses[0]:.3f} to {result.losses[-1]:.3f}"),
+            ("epoch kept", f"{result.best_epoch + 1} of {len(result.losses)}"),
+            ("validation", validation),
         ]
     )
 
@@ -169,8 +184,9 @@ def evaluate(
     """Score a detector by mean average precision (COCO) on images that are new to it."""
     from dinov3geo.backbones.device import resolve_device
     from dinov3geo.data.boxes import load_boxes
-    from dinov3geo.evaluation.detection import COUNTED, evaluate_detection
+    from dinov3geo.evaluation.detection import evaluate_detection
     from dinov3geo.evaluation.results import finite
+    from dinov3geo.heads.box_scores import COUNTED
     from dinov3geo.heads.detection import load_detection_model
     from dinov3geo.paths import check_target, written_whole
 
@@ -202,17 +218,20 @@ def print_plan(data: BoxSet, settings: DetectionSettings, backbone: str | None) 
     """What a fit would do, on stdout.
 
     Raises:
-        UserError: the backbone cannot be used.
+        UserError: the backbone cannot be used, or no part of the images kept out.
     """
     from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, locate_weights
     from dinov3geo.config import dump_model
+    from dinov3geo.heads.detection_fit import check_held_out
 
+    kept_out = check_held_out(data, settings)
     weights = locate_weights(backbone or DEFAULT_BACKBONE)
     print(dump_model(settings))
     print_pairs(
         [
             ("backbone", str(weights)),
             ("images", str(len(data.images))),
+            ("kept out", str(kept_out)),
             ("without an object", str(sum(not len(image.boxes) for image in data.images))),
             *((f"boxes of {name}", str(count)) for name, count in data.counts.items()),
         ]

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from dinov3geo.data.image_folder import IMAGE_SUFFIXES, decode_image
+from dinov3geo.data.pairs import overlap_groups
 from dinov3geo.errors import DataError, RasterError
 from dinov3geo.rasters.bands import RGB, choose_bands
-from dinov3geo.rasters.reader import RASTER_SUFFIXES, SceneReader
+from dinov3geo.rasters.reader import RASTER_SUFFIXES, SceneReader, inspect_scene
 
 CSV_COLUMNS = ("image_path", "xmin", "ymin", "xmax", "ymax", "label")
 _SIDES = CSV_COLUMNS[1:5]
@@ -107,6 +108,17 @@ def load_boxes(
     if not any(len(image.boxes) for image in made):
         raise DataError(f"{annotations} holds no box of {len(made)} images")
     return BoxSet(tuple(made), names)
+
+
+def box_groups(images: Sequence[BoxedImage]) -> list[str]:
+    """A name per image, shared by rasters that overlap on the ground; a picture stands for itself.
+
+    Raises:
+        RasterError, GeoreferenceError: a raster cannot be opened, or lies nowhere.
+    """
+    rasters = [image.path for image in images if image.path.suffix.lower() in RASTER_SUFFIXES]
+    names = dict(zip(rasters, overlap_groups([inspect_scene(path) for path in rasters]), strict=True))
+    return [names.get(image.path, str(image.path)) for image in images]
 
 
 def read_box_image(path: Path, bands: Sequence[str], *, model: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:

@@ -131,7 +131,7 @@ def match_pairs(
 def match_placed(images: Sequence[Placed], heights: Spec, max_size: int, what: str) -> PairMatch:
     """`match_pairs` with images that are known by their grids; arguments and errors as there."""
     height_infos = [inspect_scene(path) for path in find_rasters(heights)]
-    groups = _overlap_groups(images)
+    groups = overlap_groups(images)
     pairs: list[RasterPair] = []
     matched_images: set[int] = set()
     unmatched_targets = []
@@ -263,7 +263,7 @@ def _bounds_in(grid: PixelGrid, crs: CRS) -> Bounds | None:
     return (left, bottom, right, top) if all(map(math.isfinite, (left, bottom, right, top))) else None
 
 
-def _overlap_groups(images: Sequence[Placed]) -> list[str]:
+def overlap_groups(images: Sequence[Placed]) -> list[str]:
     """A name per image, shared by images that overlap, in whatever CRS, directly or through others."""
     roots = list(range(len(images)))
 

@@ -6,7 +6,7 @@ import io
 
 from matplotlib.figure import Figure
 
-from dinov3geo.heads.fit import FitResult
+from dinov3geo.heads.epochs import FitResult
 
 CURVE_FILE = "learning_curve.png"
 

@@ -54,6 +54,10 @@ class DetectionFitSettings(BaseModel):
         weight_decay: on weights but not on biases.
         warmup_share: of the steps that raise the rate.
         clip_norm: largest norm of the gradient.
+        validation_share: share of the images, by place, kept out to stop early and to measure average
+            precision; 0 for a fixed length.
+        monitor: what stops the fit, of the images kept out: `"loss"`, or `"map"` (mean average precision).
+        patience: epochs without a better one before the fit stops.
         seed: of everything random in a fit.
     """
 
@@ -65,6 +69,9 @@ class DetectionFitSettings(BaseModel):
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     clip_norm: float = Field(default=5.0, gt=0)
+    validation_share: float = Field(default=0.0, ge=0, lt=1)
+    monitor: Literal["loss", "map"] = "loss"
+    patience: int = Field(default=15, ge=1)
     seed: int = 0
 
 

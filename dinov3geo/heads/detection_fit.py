@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
-from dinov3geo.data.boxes import BoxedImage, BoxSet, clip_boxes, read_box_image
+from dinov3geo.data.boxes import BoxedImage, BoxSet, box_groups, clip_boxes, read_box_image
 from dinov3geo.errors import DataError
 from dinov3geo.features.extract import (
     FeatureCache,
@@ -26,36 +26,66 @@ from dinov3geo.features.extract import (
     feature_key,
     weights_digest,
 )
+from dinov3geo.heads.box_scores import DetectionScores, check_scores, score_boxes
 from dinov3geo.heads.curves import CURVE_FILE, draw_curves
 from dinov3geo.heads.detection import (
+    Boxes,
     DetectionFitSettings,
     DetectionHead,
     DetectionSettings,
     object_classes,
     turn_boxes,
 )
-from dinov3geo.heads.fit import FitResult
+from dinov3geo.heads.epochs import EpochFit, FitResult, adamw, split_groups
 from dinov3geo.heads.folders import check_free, model_card, save_model
+from dinov3geo.heads.progress_file import ProgressFile
 from dinov3geo.heads.samples import StageProgress
+
+_ERRORS = {"loss": "loss", "map": "1 - mAP"}
 
 
 @dataclass(frozen=True, slots=True)
 class BoxView:
-    """One view of a window: maps [D, h, w], boxes [N, 4] in the pixels that the backbone sees, labels [N]."""
+    """One view of a window, all of it in the pixels that the backbone sees.
+
+    Attributes:
+        maps: one [D, h, w] per block.
+        boxes: [N, 4] xmin, ymin, xmax, ymax.
+        labels: [N] positions of classes.
+        size_hw: rows and columns.
+    """
 
     maps: tuple[Tensor, ...]
     boxes: Tensor
     labels: Tensor
+    size_hw: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BoxSample:
+    """One window, seen from one or more sides; windows of one group never lie on both sides of a split."""
+
+    views: tuple[BoxView, ...]
+    group: str
 
 
 @dataclass(frozen=True, slots=True)
 class DetectionFitReport:
-    """What `fit_detection` did: the model's folder, its windows, boxes of each class, and the fit."""
+    """What `fit_detection` did.
+
+    Attributes:
+        folder: of the model.
+        windows: number, those kept out included.
+        counts: boxes of each class.
+        result: of the fit.
+        scores: of the weights kept on the windows kept out, or None without such.
+    """
 
     folder: Path
     windows: int
     counts: dict[str, int]
     result: FitResult
+    scores: DetectionScores | None
 
 
 def fit_detection(
@@ -70,6 +100,8 @@ def fit_detection(
     progress: StageProgress | None = None,
 ) -> DetectionFitReport:
     """Fits a detector and saves the model.
+
+    A fit that was cut off goes on where it was when it is asked for again.
 
     Args:
         data: images with boxes.
@@ -86,6 +118,7 @@ def fit_detection(
     """
     settings = settings or DetectionSettings()
     check_free(out, what="detection", overwrite=overwrite)
+    check_held_out(data, settings)
     source = DEFAULT_BACKBONE if backbone is None else backbone
     frozen = load_backbone(source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,21 +127,74 @@ def fit_detection(
     output = object_classes(data.classes)
     with torch.random.fork_rng():
         torch.manual_seed(settings.fit.seed)
-        dims = [m.shape[0] for m in samples[0][0].maps]
+        dims = [m.shape[0] for m in samples[0].views[0].maps]
         head = DetectionHead(dims, output=output, patch=frozen.patch_size, settings=settings).to(device)
-    head.fit_statistics([views[0].maps for views in samples])
-    result = fit_boxes(head, samples, settings.fit, progress=progress)
+    head.fit_statistics([sample.views[0].maps for sample in samples])
+    train, held = _parts(samples, settings.fit)
+    result = fit_boxes(
+        head, train, settings.fit, held=held, progress=progress, state_file=out.with_name(f".{out.name}.fit")
+    )
+    scores = score_windows(head, held) if held else None
     card = model_card(frozen, source, output) | {
         "name": out.name,
         "blocks": list(blocks),
         "trained_on": {"images": len(data.images), "windows": len(samples), "boxes": data.counts},
         "settings": settings.model_dump(),
-        "fit": {"epochs": len(result.losses), "losses": [round(x, 6) for x in result.losses]},
+        "fit": {
+            "epochs": len(result.losses),
+            "best_epoch": result.best_epoch + 1,
+            "validation_errors": [round(e, 5) for e in result.validation_errors],
+            "losses": [round(x, 6) for x in result.losses],
+            "held_out": None if scores is None else _summary(scores),
+        },
         "command": command,
     }
-    pictures = {CURVE_FILE: draw_curves(result, error="")}
+    pictures = {CURVE_FILE: draw_curves(result, error=_ERRORS[settings.fit.monitor])}
     save_model(out, frozen, head, card, what="detection", overwrite=overwrite, pictures=pictures)
-    return DetectionFitReport(out, len(samples), data.counts, result)
+    return DetectionFitReport(out, len(samples), data.counts, result, scores)
+
+
+def _summary(scores: DetectionScores) -> dict[str, float]:
+    return {
+        "windows": scores.images,
+        "boxes": scores.boxes,
+        "map": round(scores.map, 4),
+        "map_50": round(scores.map_50, 4),
+        "map_75": round(scores.map_75, 4),
+        "recall": round(scores.recall, 4),
+    }
+
+
+def check_held_out(data: BoxSet, settings: DetectionSettings) -> int:
+    """Whether a part of the images can be kept out and scored; asked before hours of work.
+
+    Returns:
+        Number of images kept out.
+
+    Raises:
+        DataError: too few places to keep any out.
+        ConfigError: what computes scores is not installed.
+    """
+    own = settings.fit
+    if not own.validation_share:
+        return 0
+    check_scores()
+    return len(split_groups(box_groups(data.images), own.validation_share, seed=own.seed)[1])
+
+
+def _parts(
+    samples: Sequence[BoxSample], settings: DetectionFitSettings
+) -> tuple[list[BoxSample], list[BoxSample]]:
+    """Windows to train on, and those kept out; both must show a box."""
+    parts = split_groups([s.group for s in samples], settings.validation_share, seed=settings.seed)
+    train, held = ([samples[i] for i in part] for part in parts)
+    for part, name in ((train, "training"), (held, "validation")):
+        if part and not any(len(sample.views[0].boxes) for sample in part):
+            raise DataError(
+                f"no window of the {name} part shows a box; change fit.validation_share "
+                f"({settings.validation_share:g}) or fit.seed ({settings.seed})"
+            )
+    return train, held
 
 
 def box_samples(
@@ -118,7 +204,7 @@ def box_samples(
     *,
     cache: FeatureCache | None = None,
     progress: StageProgress | None = None,
-) -> list[list[BoxView]]:
+) -> list[BoxSample]:
     """Features and boxes of each window of each image, in several views.
 
     Args:
@@ -134,6 +220,7 @@ def box_samples(
     assert backbone.card is not None
     digest = weights_digest(backbone)
     samples = []
+    groups = box_groups(data.images)
     for number, image in enumerate(data.images):
         if progress is not None:
             progress("features", number, len(data.images))
@@ -142,10 +229,11 @@ def box_samples(
         )
         _check_inside(image, numbers.shape[-2:])
         for window in windows(numbers.shape[-2:], settings.max_window):
-            samples.append(
-                _views(image, numbers, valid, window, backbone, settings, digest, cache or FeatureCache(None))
+            views = _views(
+                image, numbers, valid, window, backbone, settings, digest, cache or FeatureCache(None)
             )
-    if not any(len(views[0].boxes) for views in samples):
+            samples.append(BoxSample(tuple(views), groups[number]))
+    if not any(len(sample.views[0].boxes) for sample in samples):
         raise DataError(
             f"no window of {len(data.images)} images shows a box; is max_window smaller than they?"
         )
@@ -166,60 +254,121 @@ def windows(size_hw: Sequence[int], largest: int) -> list[tuple[int, int, int, i
 
 def fit_boxes(
     head: DetectionHead,
-    samples: Sequence[Sequence[BoxView]],
+    samples: Sequence[BoxSample],
     settings: DetectionFitSettings,
     *,
+    held: Sequence[BoxSample] = (),
     progress: StageProgress | None = None,
+    state_file: Path | None = None,
 ) -> FitResult:
     """Fits a detector in place; equal seeds give equal weights on one machine and thread count.
 
     Args:
         head: on the device to fit on.
-        samples: the views of each window.
+        samples: windows to train on.
         settings: how.
+        held: windows that tell when to stop and which epoch's weights are kept; none for a fixed length.
         progress: called after each epoch.
+        state_file: see `fit_head`.
 
     Raises:
         DataError: the loss is no longer finite.
+        ConfigError: `monitor` is `"map"`, and what computes it is not installed.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
-    device = next(head.parameters()).device
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in head.parameters() if p.ndim > 1]},
-        {"params": [p for p in head.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    total = settings.epochs * -(-len(samples) // settings.batch_size)
-    losses: list[float] = []
-    step = 0
-    head.train()
-    for epoch in range(settings.epochs):
-        sums = []
-        for batch in _batches(samples, settings.batch_size, generator):
-            maps = [
-                torch.stack(m).to(device, torch.float32) for m in zip(*(v.maps for v in batch), strict=True)
-            ]
-            loss = head.losses(
-                maps, [v.boxes.to(device) for v in batch], [v.labels.to(device) for v in batch]
-            )
+
+    def report(done: int, total: int, loss: float) -> None:
+        if progress is not None:
+            progress(f"detector (loss {loss:.3f})", done, total)
+
+    fit = _BoxFit(head, samples, held, settings)
+    return fit.run(report, None if state_file is None else ProgressFile(state_file))
+
+
+def score_windows(head: DetectionHead, samples: Sequence[BoxSample]) -> DetectionScores:
+    """Scores a detector on windows as the backbone sees them, each for itself.
+
+    Raises:
+        ConfigError: torchmetrics or pycocotools is not installed.
+    """
+    views = [sample.views[0] for sample in samples]
+    with torch.no_grad():
+        found = [head(_stacked([view], head), view.size_hw)[0] for view in views]
+    own = [Boxes(one.boxes.cpu(), one.scores.cpu(), one.labels.cpu()) for one in found]
+    return score_boxes(own, [(view.boxes, view.labels) for view in views], head.output.class_names)
+
+
+class _BoxFit(EpochFit):
+    """The state of a fit of a detector."""
+
+    head: DetectionHead
+
+    def __init__(
+        self,
+        head: DetectionHead,
+        train: Sequence[BoxSample],
+        held: Sequence[BoxSample],
+        settings: DetectionFitSettings,
+    ) -> None:
+        super().__init__(
+            head,
+            adamw(head, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay),
+            epochs=settings.epochs,
+            patience=settings.patience,
+            seed=settings.seed,
+            validates=bool(held),
+        )
+        self.train, self.held, self.settings = train, held, settings
+        self.total = settings.epochs * -(-len(train) // settings.batch_size)
+
+    def pass_over(self) -> float:
+        self.head.train()
+        losses = []
+        for batch in _batches(self.train, self.settings.batch_size, self.generator):
+            loss = self._loss(batch)
             if not torch.isfinite(loss):
                 raise DataError(
-                    f"the loss is no longer finite in epoch {epoch + 1}; lower fit.learning_rate "
-                    f"({settings.learning_rate:g})"
+                    f"the loss is no longer finite in epoch {self.epoch + 1}; lower fit.learning_rate "
+                    f"({self.settings.learning_rate:g})"
                 )
-            optimizer.zero_grad()
+            self.optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(head.parameters(), settings.clip_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * _rate(step / total, settings.warmup_share)
-            optimizer.step()
-            step += 1
-            sums.append(float(loss.detach()))
-        losses.append(float(np.mean(sums)))
-        if progress is not None:
-            progress(f"detector (loss {losses[-1]:.3f})", epoch + 1, settings.epochs)
-    head.eval()
-    return FitResult(tuple(losses), (), settings.epochs - 1)
+            torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.settings.clip_norm)
+            rate = self.settings.learning_rate * _rate(self.step / self.total, self.settings.warmup_share)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.step += 1
+            losses.append(float(loss.detach()))
+        return float(np.mean(losses))
+
+    def held_error(self) -> float:
+        if self.settings.monitor == "map":
+            return 1 - score_windows(self.head, self.held).map
+        return float(np.mean([float(self._loss([sample.views[0]])) for sample in self.held]))
+
+    def facts(self) -> list[object]:
+        chosen = self.head.detector
+        found: list[object] = [self.settings.model_dump_json(), len(self.train), chosen.score_thresh]
+        found += [chosen.nms_thresh, chosen.detections_per_img]
+        for sample in (*self.train, *self.held):
+            view = sample.views[0]
+            found += [sample.group, len(sample.views), view.labels.tolist(), float(view.boxes.double().sum())]
+            found += [float(view.maps[0].double().sum())]
+        return found
+
+    def _loss(self, batch: Sequence[BoxView]) -> Tensor:
+        maps = _stacked(batch, self.head)
+        boxes, labels = (
+            [own.to(maps[0].device) for own in each]
+            for each in zip(*((view.boxes, view.labels) for view in batch), strict=True)
+        )
+        return self.head.losses(maps, boxes, labels)
+
+
+def _stacked(views: Sequence[BoxView], head: DetectionHead) -> list[Tensor]:
+    """Maps of views of one shape, [B, D, h, w] float32 per block where the head is."""
+    device = next(head.parameters()).device
+    return [torch.stack(m).to(device, torch.float32) for m in zip(*(v.maps for v in views), strict=True)]
 
 
 def _views(
@@ -253,7 +402,9 @@ def _views(
         )
         compute = partial(_maps, backbone, pixels, known, view, blocks, settings.image_scale)
         turned = turn_boxes(boxes, view, (y1 - y0, x1 - x0)) * settings.image_scale
-        views.append(BoxView(tuple(cache.get_or_compute(key, compute)), turned, labels))
+        size = [round(side * settings.image_scale) for side in (y1 - y0, x1 - x0)]
+        height, width = size[::-1] if view & 4 else size
+        views.append(BoxView(tuple(cache.get_or_compute(key, compute)), turned, labels, (height, width)))
     return views
 
 
@@ -265,14 +416,12 @@ def _maps(
     return [m[0] for m in extract_feature_maps(backbone, image, valid, blocks=blocks, image_scale=scale)]
 
 
-def _batches(
-    samples: Sequence[Sequence[BoxView]], size: int, generator: torch.Generator
-) -> list[list[BoxView]]:
+def _batches(samples: Sequence[BoxSample], size: int, generator: torch.Generator) -> list[list[BoxView]]:
     """One pass in random order, one random view each; a batch holds maps of one shape."""
     waiting: dict[tuple[int, ...], list[BoxView]] = {}
     full = []
     for index in torch.randperm(len(samples), generator=generator).tolist():
-        views = samples[index]
+        views = samples[index].views
         view = views[int(torch.randint(len(views), (1,), generator=generator))]
         own = waiting.setdefault(tuple(view.maps[0].shape), [])
         own.append(view)

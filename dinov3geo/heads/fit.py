@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +17,11 @@ from torch import Tensor
 from dinov3geo.backbones.precision import choose_dtype
 from dinov3geo.errors import DataError
 from dinov3geo.heads.base import Head
+from dinov3geo.heads.epochs import EpochFit, Progress, adamw, copy_state
+from dinov3geo.heads.epochs import FitResult as FitResult
+from dinov3geo.heads.epochs import split_groups as split_groups
 from dinov3geo.heads.progress_file import ProgressFile
 
-Progress = Callable[[int, int, float], None]
-# A fit that was cut off loses at most the epochs of so many seconds.
-SECONDS_BETWEEN_SAVES = 5.0
 # Features that take up to so much memory in float32 are converted once, not in every epoch.
 _CONVERTED_BYTES = 2**30
 
@@ -97,23 +96,6 @@ class FitSample:
     group: str
 
 
-@dataclass(frozen=True, slots=True)
-class FitResult:
-    """What a fit did.
-
-    Attributes:
-        losses: mean training loss per epoch.
-        validation_errors: per epoch what the objective's scorer said, empty without a validation part.
-        best_epoch: 0-based epoch whose weights the head holds.
-        resumed_epoch: epochs that an earlier, interrupted run had done.
-    """
-
-    losses: tuple[float, ...]
-    validation_errors: tuple[float, ...]
-    best_epoch: int
-    resumed_epoch: int = 0
-
-
 class Scorer(Protocol):
     """Gathers predictions of held-out samples."""
 
@@ -164,37 +146,6 @@ def predict_cells(head: Head, views: Sequence[FitView], factor: int) -> Tensor:
     return inside if factor == 1 else F.avg_pool2d(inside, factor)
 
 
-def split_groups(groups: Sequence[str], share: float, *, seed: int) -> tuple[list[int], list[int]]:
-    """Splits samples so that no group lies on both sides.
-
-    Args:
-        groups: of each sample.
-        share: of the groups to keep out; rounded up to one group if above 0.
-        seed: of the draw.
-
-    Returns:
-        Indexes of the part to train on and of the part kept out.
-
-    Raises:
-        DataError: nothing would be left to train on.
-    """
-    if share == 0:
-        return list(range(len(groups))), []
-    names = sorted(set(groups))
-    kept_out = max(1, round(share * len(names)))
-    if kept_out >= len(names):
-        raise DataError(
-            f"a validation part of {share:g} leaves none of {len(names)} separate places to train on; "
-            "set fit.validation_share=0, or add places that do not overlap"
-        )
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = {names[i] for i in order[:kept_out]}
-    return (
-        [i for i, g in enumerate(groups) if g not in chosen],
-        [i for i, g in enumerate(groups) if g in chosen],
-    )
-
-
 def fit_head(
     head: Head,
     samples: Sequence[FitSample],
@@ -229,16 +180,15 @@ def fit_head(
     if not any(bool(samples[i].views[0].valid.any()) for i in train):
         raise DataError("every valid target is in the validation part; lower fit.validation_share")
     drawn = None if weights is None else torch.tensor([weights[i] for i in train], dtype=torch.float64)
-    # Dropout draws from the global generator, so that one is seeded too and given back as it was.
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        samples = _converted(samples)
-        fit = _Fit(head, [samples[i] for i in train], [samples[i] for i in held], objective, settings, drawn)
-        return fit.run(progress, None if state_file is None else ProgressFile(state_file))
+    samples = _converted(samples)
+    fit = _HeadFit(head, [samples[i] for i in train], [samples[i] for i in held], objective, settings, drawn)
+    return fit.run(progress, None if state_file is None else ProgressFile(state_file))
 
 
-class _Fit:
-    """The state of one fit."""
+class _HeadFit(EpochFit):
+    """The state of a fit of a head to an objective."""
+
+    head: Head
 
     def __init__(
         self,
@@ -249,85 +199,41 @@ class _Fit:
         settings: FitSettings,
         weights: Tensor | None,
     ) -> None:
-        self.head, self.train, self.held = head, train, held
+        super().__init__(
+            head,
+            _optimizer(head, settings),
+            epochs=settings.epochs,
+            patience=settings.patience,
+            seed=settings.seed,
+            validates=bool(held),
+        )
+        self.train, self.held = train, held
         self.objective, self.settings, self.weights = objective, settings, weights
         self.device = next(head.parameters()).device
         self.dtype = choose_dtype(settings.precision, self.device)
-        self.generator = torch.Generator().manual_seed(settings.seed)
         # One step per batch; views 4 to 7 of an oblong sample can change the number slightly.
         self.total = settings.epochs * sum(1 for _ in self._batches())
-        self.step = self.epoch = 0
-        self.optimizer = _optimizer(head, settings)
-        self.average = _copy(head.state_dict())
-        self.losses: list[float] = []
-        self.errors: list[float] = []
-        self.best_epoch, self.best = -1, self.average
+        if settings.average_decay:
+            self.average = copy_state(head.state_dict())
 
-    def run(self, progress: Progress | None, file: ProgressFile | None) -> FitResult:
-        fingerprint = "" if file is None else self._fingerprint()
-        resumed = 0 if file is None else self._resume(file.read(fingerprint))
-        saved = time.monotonic()
-        pass_over = self._lbfgs_step if self.settings.optimizer == "lbfgs" else self._epoch
-        while self.epoch < self.settings.epochs and not self._has_stopped():
-            self.losses.append(pass_over())
-            self.epoch += 1
-            if self.held:
-                self.errors.append(self._validate(self._state()))
-                if self.errors[-1] <= min(self.errors):
-                    self.best_epoch, self.best = self.epoch - 1, _copy(self._state())
-            if progress is not None:
-                progress(self.epoch, self.settings.epochs, self.losses[-1])
-            if file is not None and time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
-                file.write(fingerprint, self._snapshot())
-                saved = time.monotonic()
-        if not self.held:
-            self.best_epoch, self.best = self.epoch - 1, self._state()
-        self.head.load_state_dict(self.best)
-        self.head.eval()
-        if file is not None:
-            file.remove()
-        return FitResult(tuple(self.losses), tuple(self.errors), self.best_epoch, resumed)
+    def pass_over(self) -> float:
+        return self._lbfgs_step() if self.settings.optimizer == "lbfgs" else self._epoch()
 
-    def _has_stopped(self) -> bool:
-        return bool(self.errors) and self.epoch - 1 - self.best_epoch >= self.settings.patience
+    def held_error(self) -> float:
+        scorer = self.objective.scorer()
+        for sample in self.held:
+            view = sample.views[0]
+            predicted = predict_cells(self.head, [view], sample.factor)[0]
+            scorer.update(predicted.float().cpu(), view.target, view.valid)
+        return scorer.error()
 
-    def _state(self) -> dict[str, Tensor]:
-        return self.average if self.settings.average_decay else self.head.state_dict()
-
-    def _fingerprint(self) -> str:
-        """Equal for equal settings, weights to begin with and data (as far as their sums tell)."""
-        facts: list[object] = [self.settings.model_dump_json(), type(self.head).__name__]
-        facts += [float(p.double().sum()) for p in self.head.state_dict().values()]
+    def facts(self) -> list[object]:
+        found: list[object] = [self.settings.model_dump_json()]
         for sample in (*self.train, *self.held):
             view = sample.views[0]
-            facts += [sample.group, tuple(view.target.shape), float(view.target[view.valid].double().sum())]
-            facts += [float(view.maps[0].double().sum())]
-        return repr(facts)
-
-    def _snapshot(self) -> dict[str, Any]:
-        return {
-            "head": self.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "best": self.best,
-            "losses": self.losses,
-            "errors": self.errors,
-            "numbers": [self.step, self.epoch, self.best_epoch],
-            "generator": self.generator.get_state(),
-            "dropout": torch.get_rng_state(),
-        }
-
-    def _resume(self, state: dict[str, Any] | None) -> int:
-        if state is None:
-            return 0
-        self.head.load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average, self.best = state["average"], state["best"]
-        self.losses, self.errors = list(state["losses"]), list(state["errors"])
-        self.step, self.epoch, self.best_epoch = state["numbers"]
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["dropout"])
-        return self.epoch
+            found += [sample.group, tuple(view.target.shape), float(view.target[view.valid].double().sum())]
+            found += [float(view.maps[0].double().sum())]
+        return found
 
     def _order(self) -> list[int]:
         if self.weights is None:
@@ -427,19 +333,6 @@ class _Fit:
             else:
                 self.average[name].copy_(tensor)
 
-    def _validate(self, state: dict[str, Tensor]) -> float:
-        current = _copy(self.head.state_dict())
-        self.head.load_state_dict(state)
-        self.head.eval()
-        scorer = self.objective.scorer()
-        with torch.no_grad():
-            for sample in self.held:
-                view = sample.views[0]
-                predicted = predict_cells(self.head, [view], sample.factor)[0]
-                scorer.update(predicted.float().cpu(), view.target, view.valid)
-        self.head.load_state_dict(current)
-        return scorer.error()
-
 
 def _converted(samples: Sequence[FitSample]) -> Sequence[FitSample]:
     """The samples with maps in float32, if those fit into `_CONVERTED_BYTES`."""
@@ -456,12 +349,4 @@ def _optimizer(head: Head, settings: FitSettings) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(
             head.parameters(), max_iter=1, max_eval=25, history_size=10, line_search_fn="strong_wolfe"
         )
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in head.parameters() if p.ndim > 1]},
-        {"params": [p for p in head.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-
-
-def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+    return adamw(head, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)

@@ -13,10 +13,10 @@ from PIL import Image
 
 from dinov3geo import cli
 from dinov3geo.data.boxes import clip_boxes, load_boxes
-from dinov3geo.evaluation.detection import score_boxes
 from dinov3geo.features.extract import apply_view
+from dinov3geo.heads.box_scores import score_boxes
 from dinov3geo.heads.detection import Boxes, DetectionHead, DetectionSettings, object_classes, turn_boxes
-from dinov3geo.heads.detection_fit import BoxView, fit_boxes, windows
+from dinov3geo.heads.detection_fit import BoxSample, BoxView, fit_boxes, windows
 from dinov3geo.heads.scene_boxes import _placed, _starts
 
 HEADER = "image_path,xmin,ymin,xmax,ymax,label\n"
@@ -107,7 +107,7 @@ def squares(count, generator):
         row, col = (int(torch.randint(0, n - 4, (1,), generator=generator)) for n in (12, 16))
         maps[0, row : row + 4, col : col + 4] = 1
         box = torch.tensor([[col * 16.0, row * 16.0, col * 16.0 + 64, row * 16.0 + 64]])
-        views.append(BoxView((maps,), box, torch.zeros(1, dtype=torch.long)))
+        views.append(BoxView((maps,), box, torch.zeros(1, dtype=torch.long), (192, 256)))
     return views
 
 
@@ -125,12 +125,12 @@ def test_a_detector_finds_made_squares_and_equal_seeds_give_equal_weights():
         if heads:
             once = DetectionHead([4], output=object_classes(["square"]), patch=16, settings=settings)
             once.load_state_dict(head.state_dict())
-            fit_boxes(once, [[v] for v in train], epochs)
-            fit_boxes(head, [[v] for v in train], epochs)
+            fit_boxes(once, [BoxSample((v,), "") for v in train], epochs)
+            fit_boxes(head, [BoxSample((v,), "") for v in train], epochs)
             for name, value in head.state_dict().items():
                 torch.testing.assert_close(value, once.state_dict()[name], rtol=0, atol=0)
             break
-        result = fit_boxes(head, [[v] for v in train], epochs)
+        result = fit_boxes(head, [BoxSample((v,), "") for v in train], epochs)
         assert result.losses[-1] < 0.7 * result.losses[0]
         heads.append(head)
     with torch.no_grad():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinov3geo.heads import fit as fit_module
+from dinov3geo.heads import epochs
 from dinov3geo.heads.classes import ClassFitSettings, ClassObjective
 from dinov3geo.heads.fit import FitSample, FitView, fit_head
 from dinov3geo.heads.landcover import ClassHeadSettings
@@ -43,7 +43,7 @@ def run(state_file, settings, *, stop_after=None):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lbfgs"])
 def test_a_killed_fit_ends_in_the_same_bits(tmp_path, monkeypatch, optimizer):
-    monkeypatch.setattr(fit_module, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(epochs, "SECONDS_BETWEEN_SAVES", 0.0)
     settings = ClassFitSettings(
         optimizer=optimizer, epochs=8, validation_share=0.3, batch_pixels=50, average_decay=0.5
     )
@@ -59,7 +59,7 @@ def test_a_killed_fit_ends_in_the_same_bits(tmp_path, monkeypatch, optimizer):
 
 
 def test_another_fit_or_a_damaged_file_begins_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(fit_module, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(epochs, "SECONDS_BETWEEN_SAVES", 0.0)
     file = tmp_path / "state"
     with pytest.raises(Killed):
         run(file, ClassFitSettings(epochs=5), stop_after=3)
