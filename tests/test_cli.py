@@ -269,6 +269,34 @@ def test_fit_dry_run(capsys, tmp_path, run_folder, pairs):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_refuses_what_the_fit_would(capsys, tmp_path, run_folder, pairs, model_folder):
+    (tmp_path / "classes.yaml").write_text("classes: [{name: low, values: 0}, {name: high, values: 1}]\n")
+    (tmp_path / "boxes.csv").write_text(
+        f"image_path,xmin,ymin,xmax,ymax,label\n{next(pairs[0].iterdir())},1,1,9,9,tree\n"
+    )
+    masks = ["--masks", pairs[1], "--classes", tmp_path / "classes.yaml"]
+    fits = {
+        "canopy": ["canopy", "fit", "--images", pairs[0], "--heights", pairs[1]],
+        "land-cover": ["landcover", "fit", "--images", pairs[0], *masks],
+        "detection": ["detect", "fit", tmp_path / "boxes.csv"],
+    }
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for what, words in fits.items():
+        words = [*words, "--backbone", run_folder, "--out"]
+        for ending in ([], ["--dry-run"]):
+            assert f"{model_folder} exists" in error_of(capsys, *words, model_folder, *ending)
+            message = error_of(capsys, *words, tmp_path / "other", "--overwrite", *ending)
+            assert f"is not a {what} model (no card.json)" in message
+            message = error_of(capsys, *words, tmp_path / "classes.yaml", "--overwrite", *ending)
+            assert "is a file, expected a folder" in message
+        for out in ([model_folder, "--overwrite"], [tmp_path / "new" / "deeper"]):
+            code, _, err = run(capsys, *words, *out, "--dry-run")
+            assert code == 0, err
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_fit_errors(capsys, tmp_path, run_folder, pairs, write_raster, model_folder):
     start = ["canopy", "fit", "--backbone", run_folder, "--out", tmp_path / "m"]
     far = write_raster("far/heights.tif", shape=(1, 8, 8), dtype="float32", origin=(7e5, 1e6))

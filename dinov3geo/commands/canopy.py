@@ -83,6 +83,7 @@ def fit(
 ) -> None:
     """Fit a head on a frozen backbone to images, or features of theirs, and heights."""
     from dinov3geo.heads.canopy import fit_canopy
+    from dinov3geo.heads.folders import check_free
     from dinov3geo.heads.stored import fit_canopy_from_features, open_scenes, required_settings, shared_facts
 
     if bool(images) == bool(features):
@@ -91,7 +92,7 @@ def fit(
         raise ConfigError("--features say which backbone they are of; leave out --backbone and --cache")
     required = required_settings(shared_facts(open_scenes(features))) if features else {}
     settings = read_settings(changes, epochs=epochs, seed=seed, required=required)
-    check_folder(out.parent)
+    check_free(out, what="canopy", overwrite=overwrite)
     if dry_run:
         print_plan(images, heights, settings, backbone, features)
         return

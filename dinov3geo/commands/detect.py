@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dinov3geo.commands.canopy import open_cache
-from dinov3geo.commands.console import check_folder, note, print_pairs, print_table, progress_bar, warn
+from dinov3geo.commands.console import note, print_pairs, print_table, progress_bar, warn
 from dinov3geo.commands.options import (
     Backbone,
     Cache,
@@ -70,11 +70,12 @@ def fit(
     from dinov3geo.data.boxes import load_boxes
     from dinov3geo.heads.detection import DetectionSettings
     from dinov3geo.heads.detection_fit import fit_detection
+    from dinov3geo.heads.folders import check_free
 
     given = {"fit.seed": seed, "fit.epochs": epochs}
     shortcuts = [f"{key}={value}" for key, value in given.items() if value is not None]
     settings = load_model(DetectionSettings, config, [*shortcuts, *(changes or [])])
-    check_folder(out.parent)
+    check_free(out, what="detection", overwrite=overwrite)
     data = load_boxes(annotations, images)
     if dry_run:
         print_plan(data, settings, backbone)

@@ -89,11 +89,12 @@ def fit(
 
     A fit that was cut off goes on where it was when the same command is given again.
     """
+    from dinov3geo.heads.folders import check_free
     from dinov3geo.heads.landcover import fit_landcover
 
     scheme = read_scheme(classes)
     settings = read_settings(config, changes, epochs=epochs, seed=seed)
-    check_folder(out.parent)
+    check_free(out, what="land-cover", overwrite=overwrite)
     if dry_run:
         print_plan(images, masks, scheme, settings, backbone)
         return

@@ -28,6 +28,7 @@ from dinov3geo.errors import ConfigError, DataError, RasterError, UnknownNameErr
 from dinov3geo.features.extract import weights_digest
 from dinov3geo.features.facts import FeatureFacts
 from dinov3geo.heads.base import OutputSpec
+from dinov3geo.paths import folder_obstacle
 
 CARD_FORMAT = "dinov3geo-head/1"
 SOURCE = "source"
@@ -64,7 +65,11 @@ def save_model(
         RasterError: the folder exists and may not be replaced, or cannot be written.
     """
     check_free(folder, what=what, overwrite=overwrite)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise RasterError(f"cannot write into {folder.parent} ({error.strerror})") from error
     try:
         tensors = {n: t.detach().cpu().contiguous() for n, t in head.state_dict().items()}
         write_tensors(staging / HEAD_FILE, tensors)
@@ -87,21 +92,20 @@ def save_model(
 
 
 def check_free(folder: Path, *, what: str, overwrite: bool) -> None:
-    """Says before hours of work what would stop the writing after them.
+    """Says before hours of work what would stop the writing after them, without leaving a trace.
 
     Raises:
         RasterError: the folder exists, is no model, or cannot be made.
     """
+    if folder.exists() and not folder.is_dir():
+        raise RasterError(f"{folder} is a file, expected a folder; give another one")
     if folder.exists() and not overwrite:
         raise RasterError(f"{folder} exists; give another folder or allow overwriting")
     if folder.exists() and not (folder / CARD_FILE).is_file() and any(folder.iterdir()):
         raise RasterError(f"{folder} is not a {what} model (no {CARD_FILE}), so it is not overwritten")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RasterError(f"{folder.parent} cannot be made ({error.strerror})") from error
-    if not os.access(folder.parent, os.W_OK):
-        raise RasterError(f"{folder.parent} is not writable")
+    obstacle = folder_obstacle(folder.parent)
+    if obstacle is not None:
+        raise RasterError(f"cannot write into {folder.parent}: {obstacle}")
 
 
 def model_card(backbone: Backbone, source: str | Path, output: OutputSpec) -> dict[str, Any]:
