@@ -126,6 +126,46 @@ def write_raster_in() -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory) -> Path:
+    """An untrained backbone, as a pretraining run exports it."""
+    import torch
+
+    from dinov3geo.backbones.card import BackboneCard, Normalization
+    from dinov3geo.backbones.zoo import RUN_EXPORT, build_backbone, save_backbone
+
+    folder = tmp_path_factory.mktemp("run")
+    statistics = Normalization(("red", "green", "blue"), (1 / 255,) * 3, (0.0,) * 3, (0.4,) * 3, (0.2,) * 3)
+    torch.manual_seed(0)
+    backbone = build_backbone("vit_tiny")
+    save_backbone(folder / RUN_EXPORT, backbone, BackboneCard("toy", "vit_tiny", 16, statistics, (0.1, 0.1)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory, write_raster_in) -> tuple[Path, Path]:
+    """Folders of three images of 64 x 64 pixels and of their heights, ten pixels to a cell."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for number in range(3):
+        place = {"origin": (400_000.0 + 100 * number, 3_280_000.0)}
+        write_raster_in(folder, f"images/AAAA_{number}.tif", shape=(3, 80, 80), seed=number, **place)
+        heights = np.linspace(0, 20, 64, dtype=np.float32).reshape(8, 8)
+        write_raster_in(folder, f"heights/{number}.tif", array=heights, pixel_size=1.0, **place)
+    return folder / "images", folder / "heights"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, run_folder, pairs) -> Path:
+    """A canopy-height model, fitted for one epoch by the command."""
+    from dinov3geo import cli
+
+    folder = tmp_path_factory.mktemp("models") / "toy"
+    words = ["canopy", "fit", "--images", pairs[0], "--heights", pairs[1], "--backbone", run_folder]
+    words += ["--out", folder, "--epochs", 1, "--set", "views=1", "--cache", folder.with_name("cache")]
+    assert cli.main([str(word) for word in words]) == 0
+    return folder
+
+
 def _random_numbers(shape: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     if np.issubdtype(np.dtype(dtype), np.floating):

@@ -11,22 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov3geo import cli
 from dinov3geo.data.boxes import clip_boxes, load_boxes
 from dinov3geo.features.extract import apply_view
 from dinov3geo.heads.box_scores import score_boxes
 from dinov3geo.heads.detection import Boxes, DetectionHead, DetectionSettings, object_classes, turn_boxes
 from dinov3geo.heads.detection_fit import BoxSample, BoxView, fit_boxes, windows
 from dinov3geo.heads.scene_boxes import _placed, _starts
+from tests.command_line import run
 
 HEADER = "image_path,xmin,ymin,xmax,ymax,label\n"
 QUICK = ("fit.epochs=3", "views=1", "num_maps=1", "head.convs=1", "head.channels=32", "max_window=256")
-
-
-def run(capsys, *words):
-    code = cli.main([str(w) for w in words])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def sets(values):

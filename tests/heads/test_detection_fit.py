@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov3geo import cli
 from dinov3geo.data.boxes import box_groups, load_boxes
 from dinov3geo.heads import epochs
 from dinov3geo.heads.detection import DetectionHead, DetectionSettings, object_classes
 from dinov3geo.heads.detection_fit import BoxSample, BoxView, fit_boxes, score_windows
+from tests.command_line import run
 
 HEADER = "image_path,xmin,ymin,xmax,ymax,label\n"
 SETTINGS = ("views=2", "num_maps=1", "head.convs=1", "head.channels=32", "fit.epochs=5", "fit.batch_size=2")
@@ -108,12 +108,6 @@ def squares(tmp_path):
         lines.append(f"{number}.png,{col},{row},{col + 40},{row + 40},square\n")
     (tmp_path / "boxes.csv").write_text("".join(lines))
     return tmp_path / "boxes.csv"
-
-
-def run(capsys, *words):
-    code = cli.main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def words_of(boxes, out, *changes):
