@@ -147,6 +147,24 @@ _RECORDS = (
         "statistics of 33 tiles of 512 x 512 pixels; wavelengths of Sentinel-2A, ESA",
     ),
     Sensor(
+        name="eurosat_rgb",
+        bands=_byte_bands(
+            10.0,
+            ("red", 664.6, 0.3442, 0.2011),
+            ("green", 559.8, 0.3814, 0.1356),
+            ("blue", 492.4, 0.4086, 0.1157),
+        ),
+        gsd_m=10.0,
+        dtype="uint8",
+        nodata=None,
+        filename_glob="*",
+        filename_regex=".*",
+        rgb_bands=("red", "green", "blue"),
+        nadir=True,
+        source="EuroSAT RGB (Sentinel-2, Helber et al. 2019); statistics of the 12,896 of 16,000 "
+        "images that are not in the test part by file name",
+    ),
+    Sensor(
         name="sat_rgb",
         bands=_byte_bands(
             0.6,
