@@ -12,6 +12,7 @@ import typer
 from dinov3geo.commands.canopy_tables import print_evaluation, print_reports
 from dinov3geo.commands.console import (
     check_folder,
+    note_resumed,
     print_pairs,
     progress_bar,
     run_all,
@@ -109,6 +110,7 @@ def fit(
             progress=lambda stage, done, total: tell(done, total, label=stage),
         )
     warn(unmatched_warnings(report.unmatched_images, report.unmatched_heights))
+    note_resumed(report.result.resumed_epoch)
     print_pairs(
         [
             ("model", str(report.folder)),

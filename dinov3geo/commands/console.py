@@ -158,6 +158,12 @@ def note(text: str) -> None:
     print(one_line(text), file=sys.stderr, flush=True)
 
 
+def note_resumed(epochs: int) -> None:
+    """A line that says after how many epochs a fit was taken up again; none for 0."""
+    if epochs:
+        note(f"went on after epoch {epochs} of a fit that was cut off")
+
+
 def warn(warnings: Sequence[str]) -> None:
     """One line on stderr for each warning."""
     for text in warnings:

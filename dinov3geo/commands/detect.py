@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dinov3geo.commands.canopy import open_cache
-from dinov3geo.commands.console import note, print_pairs, print_table, progress_bar, warn
+from dinov3geo.commands.console import note, note_resumed, print_pairs, print_table, progress_bar, warn
 from dinov3geo.commands.options import (
     Backbone,
     Cache,
@@ -92,8 +92,7 @@ def fit(
             progress=lambda stage, done, total: tell(done, total, label=stage),
         )
     result, scores = report.result, report.scores
-    if result.resumed_epoch:
-        note(f"went on after epoch {result.resumed_epoch} of a fit that was cut off")
+    note_resumed(result.resumed_epoch)
     validation = "none (fit.validation_share=0)"
     if scores is not None:
         validation = (

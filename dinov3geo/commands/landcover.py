@@ -13,6 +13,7 @@ from dinov3geo.commands.console import (
     check_folder,
     format_seconds,
     note,
+    note_resumed,
     print_pairs,
     print_table,
     progress_bar,
@@ -113,8 +114,7 @@ def fit(
         )
     warn(unmatched_warnings(report.unmatched_images, report.unmatched_masks))
     result = report.result
-    if result.resumed_epoch:
-        note(f"went on after epoch {result.resumed_epoch} of a fit that was cut off")
+    note_resumed(result.resumed_epoch)
     errors = result.validation_errors
     validation = f"mIoU {1 - errors[result.best_epoch]:.3f}" if errors else "none (fit.validation_share=0)"
     print_pairs(

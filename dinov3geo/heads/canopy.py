@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -240,7 +241,8 @@ def fit_canopy(
         cache=cache or FeatureCache(None),
         progress=progress,
     )
-    head, result = fit_canopy_head(samples, settings, device=device, progress=progress)
+    state_file = out.with_name(f".{out.name}.fit")
+    head, result = fit_canopy_head(samples, settings, device=device, progress=progress, state_file=state_file)
     card = model_card(frozen, source, CANOPY_HEIGHT) | {"blocks": list(blocks), "scores": dict(scores or {})}
     return finish_fit(
         FittedHead(head, result, samples, match, settings),
@@ -258,8 +260,17 @@ def fit_canopy_head(
     *,
     device: torch.device,
     progress: StageProgress | None = None,
+    state_file: Path | None = None,
 ) -> tuple[CanopyHead, FitResult]:
     """A new head, fitted on samples.
+
+    Args:
+        samples: of every plot.
+        settings: of head and fit.
+        device: to fit on.
+        progress: called with a stage's name, how much is done, and of how much.
+        state_file: see `fit_head`; each member of a head has one of its own, its number appended. Heads that
+            judge the register are fitted anew.
 
     Raises:
         DataError: the samples hold no valid height.
@@ -286,16 +297,17 @@ def fit_canopy_head(
             progress(f"head (loss {loss:.2f})", done, total)
 
     objective = HeightObjective(settings.fit)
-    draws = objective.draws(samples)
+    fit = partial(fit_head, objective=objective, weights=objective.draws(samples), progress=report)
     if isinstance(head, ContextHead):
         # Its components do not change in training: computed once, an epoch takes a fraction of a second.
         reduced = [_reduced(head, sample) for sample in samples]
         results = []
         for number, member in enumerate(head.members):
             own = settings.fit.model_copy(update={"seed": settings.fit.seed + number})
-            results.append(fit_head(member, reduced, objective, settings=own, weights=draws, progress=report))
+            kept = None if state_file is None else state_file.with_name(f"{state_file.name}{number}")
+            results.append(fit(member, reduced, settings=own, state_file=kept))
         return head.eval(), results[0]
-    return head, fit_head(head, samples, objective, settings=settings.fit, weights=draws, progress=report)
+    return head, fit(head, samples, settings=settings.fit, state_file=state_file)
 
 
 def register_samples(

@@ -79,7 +79,8 @@ def fit_canopy_from_features(
     match = match_stored(scenes, heights, settings)
     samples = stored_samples(match, scenes, progress=progress)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    head, result = fit_canopy_head(samples, settings, device=device, progress=progress)
+    state_file = out.with_name(f".{out.name}.fit")
+    head, result = fit_canopy_head(samples, settings, device=device, progress=progress, state_file=state_file)
     card = stored_card(facts, CANOPY_HEIGHT) | {"blocks": [facts.block], "scores": {}}
     fitted = FittedHead(head, result, samples, match, settings)
     return finish_fit(fitted, out, backbone=None, card=card, overwrite=overwrite, command=command)

@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from safetensors.torch import load_file
 
 from dinov3geo.backbones import zoo
 from dinov3geo.backbones.card import BackboneCard, Normalization
 from dinov3geo.backbones.vit import VisionTransformer, VitConfig
 from dinov3geo.backbones.zoo import save_backbone
+from dinov3geo.cli import main
 from dinov3geo.data.pairs import find_pairs
 from dinov3geo.errors import ConfigError, DataError, GeoreferenceError, RasterError, UnknownNameError
 from dinov3geo.features.extract import FeatureCache
-from dinov3geo.heads import canopy
+from dinov3geo.heads import canopy, epochs
 from dinov3geo.heads.canopy import (
     CanopySettings,
     HeadSettings,
@@ -20,6 +22,7 @@ from dinov3geo.heads.canopy import (
     load_canopy_model,
     save_canopy_model,
 )
+from dinov3geo.heads.epochs import EpochFit
 from dinov3geo.heads.heights import HeightFitSettings as FitSettings
 from dinov3geo.heads.samples import build_samples
 
@@ -84,6 +87,49 @@ def test_fit_writes_a_whole_model_with_its_card(fitted):
     assert card["training_mae_m"] == report.training_mae_m > 0
     assert "CC BY 4.0" in card["licence"] and card["output"]["unit"] == "m"
     assert not [p for p in out.parent.iterdir() if p.name.startswith(".model")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({"kind": "dpt", "channels": 4, "finest": 1}, ".cut.fit"),
+        ({"components": 4, "hidden": 8}, ".cut.fit0"),
+        ({"components": 4, "hidden": 8, "members": 2}, ".cut.fit1"),
+    ],
+)
+def test_the_same_command_goes_on_with_an_interrupted_fit(
+    plots, backbone_file, tmp_path, monkeypatch, capsys, changes, state
+):
+    words = ["canopy", "fit", "--images", plots[0], "--heights", plots[1], "--backbone", backbone_file]
+    words += ["--epochs", 6, "--cache", tmp_path / "cache"]
+    for name, value in changes.items():
+        words += ["--set", f"head.{name}={value}"]
+
+    def run(name):
+        return main([str(word) for word in [*words, "--out", tmp_path / name]])
+
+    assert run("whole") == 0
+    monkeypatch.setattr(epochs, "SECONDS_BETWEEN_SAVES", 0.0)
+    advance, calls = EpochFit._advance, []
+    stop = 4 + 6 * (changes.get("members", 1) - 1)
+
+    def interrupted(fit):
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        advance(fit)
+
+    monkeypatch.setattr(EpochFit, "_advance", interrupted)
+    assert run("cut") == 130
+    assert (tmp_path / state).is_file() and not (tmp_path / "cut").exists()
+    capsys.readouterr()
+    assert run("cut") == 0
+    assert len(calls) == stop + (3 if stop == 4 else 6 + 3)
+    if stop == 4:
+        assert "went on after epoch 3 of a fit that was cut off" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".cut*"))
+    whole, cut = (load_file(tmp_path / name / "head.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
 def test_a_loaded_model_predicts_what_was_fitted(fitted, plots):
