@@ -16,6 +16,7 @@ from rasterio.windows import Window
 from dinov3geo.errors import GeoreferenceError
 from dinov3geo.rasters.crs import transformer
 from dinov3geo.rasters.grid import PixelGrid
+from dinov3geo.rasters.scaling import MIN_WEIGHT, round_half_up, scale_onto
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -29,8 +30,6 @@ RESAMPLINGS = {
 
 # A warp reads at most this many source pixels at once (larger ones are split).
 _MAX_SOURCE_PIXELS = 2**25
-# Of the weight of the valid source pixels, what makes a bilinear result valid: most of it.
-_MIN_WEIGHT = {"bilinear": 0.5, "average": 1e-6}
 # Source pixels beside the wanted area that a kernel may reach.
 _MARGIN = 3
 # The edge of a larger grid may bend by more than the margin between the points that are transformed.
@@ -56,6 +55,8 @@ def warp_onto(
     Raises:
         GeoreferenceError: there is no transformation between the two CRS.
     """
+    if resampling in MIN_WEIGHT and own.crs == wanted.crs:
+        return scale_onto(read, own, wanted, resampling, fill)
     window, inside = _covering_window(own, wanted)
     if window is None:
         blank = np.empty((len(fill), *wanted.shape_hw), dtype=fill.dtype)
@@ -85,9 +86,9 @@ def _warp_masked(
         working = np.float32 if numbers.dtype.itemsize <= 2 or numbers.dtype == np.float32 else np.float64
         weight = _project(valid.astype(working), own, wanted, resampling)
         total = _project(np.where(valid, numbers, 0).astype(working), own, wanted, resampling)
-        target_valid = weight >= _MIN_WEIGHT[resampling]
+        target_valid = weight >= MIN_WEIGHT[resampling]
         mean = np.divide(total, weight, out=np.zeros_like(total), where=target_valid)
-        target = (np.rint(mean) if np.issubdtype(numbers.dtype, np.integer) else mean).astype(numbers.dtype)
+        target = round_half_up(mean, numbers.dtype)
     target[:, ~target_valid] = fill[:, None]
     return target, target_valid
 
