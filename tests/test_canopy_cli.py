@@ -135,6 +135,24 @@ def test_predict_one_scene(capsys, tmp_path, write_raster, model_folder):
     assert "unknown engine 'dask'" in error_of(capsys, *words, "--overwrite", "--engine", "dask")
 
 
+def test_predict_at_another_pixel_size(capsys, tmp_path, write_raster, model_folder):
+    scene, target = write_raster(shape=(3, 60, 90), nodata=0), tmp_path / "heights.tif"
+    words = ["canopy", "predict", scene, "-o", target, "--model", model_folder, "--overwrite"]
+    low, high = json.loads((model_folder / "card.json").read_text())["gsd_m"]
+    for text, metres in (("0.25", 0.25), ("model", min(max(0.1, low), high)), ("0.05", 0.05)):
+        code, _, err = run(capsys, *words, "--gsd", text)
+        assert code == 0, err
+        with rasterio.open(target) as heights, rasterio.open(scene) as image:
+            assert heights.res == pytest.approx((metres, metres)) and heights.crs == image.crs
+            assert heights.bounds[::3] == pytest.approx(image.bounds[::3])
+            assert heights.shape == tuple(np.ceil(np.array([6, 9]) / metres - 1e-6))
+        item = json.loads((tmp_path / "heights.stac.json").read_text())
+        assert item["properties"]["gsd"] == pytest.approx(metres)
+    for text in ("0", "-0.5", "nan", "half"):
+        assert "takes metres above 0, or model" in error_of(capsys, *words, "--gsd", text)
+    assert "change them 500 times" in error_of(capsys, *words, "--gsd", 50)
+
+
 def test_predict_several_scenes(capsys, tmp_path, write_raster, model_folder):
     write_raster("in/a.tif")
     write_raster("in/b.tif", seed=1)

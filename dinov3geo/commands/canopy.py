@@ -28,6 +28,7 @@ from dinov3geo.commands.options import (
     DryRun,
     Engine,
     Epochs,
+    Gsd,
     Heights,
     Images,
     ImagesOrNone,
@@ -247,6 +248,7 @@ def predict(
             show_default=False,
         ),
     ] = None,
+    gsd: Gsd = None,
     tile: Tile = 512,
     overlap: Overlap = 128,
     batch_size: BatchSize = None,
@@ -278,7 +280,8 @@ def predict(
 
     A run that was cut off goes on where it was when the same command is given again.
     """
-    from dinov3geo.predict.jobs import count_tiles
+    from dinov3geo.predict.jobs import count_tiles, model_input
+    from dinov3geo.predict.pixel_size import parse_pixel_size
     from dinov3geo.predict.products import predict_canopy
     from dinov3geo.predict.sidecars import write_sidecars
     from dinov3geo.rasters.reader import find_rasters
@@ -289,10 +292,12 @@ def predict(
     if preview and len(jobs) > 1:
         raise ConfigError(f"--preview names one picture, but there are {len(jobs)} scenes; leave it out")
     pictures = [None if no_preview else preview or target.with_suffix(".png") for _, target in jobs]
+    size = parse_pixel_size(gsd)
     # What is wrong with any scene or output is found before the first one is worked on.
-    sizes = [count_tiles(scene, tile, overlap) for scene, _ in jobs]
     check_files(jobs, pictures, overwrite=overwrite, sidecars=not no_sidecars)
     heights_model = load_model(model, device, backbone=backbone)
+    seen = size, model_input(heights_model)
+    tiles = [count_tiles(scene, tile, overlap, seen=seen) for scene, _ in jobs]
 
     def work(number: int, tell: Callable[[int, int], None]) -> PredictionReport:
         (scene, target), picture = jobs[number], pictures[number]
@@ -300,6 +305,7 @@ def predict(
             scene,
             target,
             model=heights_model,
+            gsd=size,
             tile=tile,
             overlap=overlap,
             batch_size=batch_size,
@@ -317,7 +323,7 @@ def predict(
             write_sidecars(target, scene=scene)
         return report
 
-    reports = run_all(work, sizes, [scene.name for scene, _ in jobs], at_once=scenes_at_once(engine))
+    reports = run_all(work, tiles, [scene.name for scene, _ in jobs], at_once=scenes_at_once(engine))
     for report in reports:
         warn(report.warnings)
     print_reports(reports)

@@ -29,6 +29,7 @@ from dinov3geo.commands.options import (
     DryRun,
     Engine,
     Epochs,
+    Gsd,
     HeadSettings,
     Images,
     MapOutput,
@@ -237,6 +238,7 @@ def predict(
             show_default="the starter model",
         ),
     ] = None,
+    gsd: Gsd = None,
     tile: Annotated[
         int | None,
         typer.Option(min=1, help="Side of the square read at a time, pixels.", show_default="as in the fit"),
@@ -272,20 +274,23 @@ def predict(
     """
     from dinov3geo.backbones.device import resolve_device
     from dinov3geo.heads.landcover import DEFAULT_MODEL, load_landcover_model
-    from dinov3geo.predict.jobs import count_tiles
+    from dinov3geo.predict.jobs import count_tiles, model_input
     from dinov3geo.predict.landcover import predict_landcover, write_polygons
+    from dinov3geo.predict.pixel_size import parse_pixel_size
     from dinov3geo.predict.sidecars import write_sidecars
     from dinov3geo.rasters.reader import find_rasters
 
     if polygons not in (None, "gpkg", "parquet"):
         raise ConfigError(f"--polygons takes gpkg or parquet, got {polygons!r}")
+    size = parse_pixel_size(gsd)
     jobs = plan_outputs(find_rasters(scenes), output, product=PRODUCT)
     check_files(jobs, [None] * len(jobs), overwrite=overwrite, sidecars=not no_sidecars)
     classifier = load_landcover_model(model or DEFAULT_MODEL).to(resolve_device(device))
     side = tile or min(int(classifier.card["settings"]["max_window"]), 512)
     shared = side // 4 if overlap is None else overlap
     # What is wrong with any scene is found before the first one is worked on.
-    sizes = [count_tiles(scene, side, shared) for scene, _ in jobs]
+    seen = size, model_input(classifier)
+    tiles = [count_tiles(scene, side, shared, seen=seen) for scene, _ in jobs]
 
     def work(number: int, tell: Callable[[int, int], None]) -> LandcoverReport:
         scene, target = jobs[number]
@@ -293,6 +298,7 @@ def predict(
             scene,
             target,
             model=classifier,
+            gsd=size,
             uncertainty=beside(target, "uncertainty") if uncertainty else None,
             probabilities=beside(target, "probabilities") if probabilities else None,
             tile=side,
@@ -311,7 +317,7 @@ def predict(
             write_sidecars(target, scene=scene)
         return report
 
-    reports = run_all(work, sizes, [scene.name for scene, _ in jobs], at_once=scenes_at_once(engine))
+    reports = run_all(work, tiles, [scene.name for scene, _ in jobs], at_once=scenes_at_once(engine))
     for report in reports:
         warn(report.warnings)
     print_reports(reports, classifier)

@@ -23,6 +23,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing f
 Seed = Annotated[int | None, typer.Option(min=0, help="Of everything random.", show_default="0")]
 Tile = Annotated[int, typer.Option(min=1, help="Side of the square read at a time, pixels.")]
 Overlap = Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share and blend.")]
+Gsd = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METRES|model",
+        help="Pixel size at which the model sees the scene, and of the map: metres (in degrees, those of "
+        "the centre), or the nearest one that the model was trained at. CRS and corner stay.",
+        show_default="the scene's own",
+    ),
+]
 BatchSize = Annotated[
     int | None,
     typer.Option(min=1, help="Tiles per forward pass.", show_default="4 on the CPU, by the memory of a GPU"),

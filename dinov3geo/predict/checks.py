@@ -80,17 +80,36 @@ def check_numbers(reader: SceneReader, wanted: ModelInput) -> None:
         )
 
 
-def gsd_warnings(scene: Path, gsd_m: float, wanted: ModelInput) -> list[str]:
-    """A warning if pixels are much smaller or larger on the ground than in the training."""
+def gsd_warnings(scene: Path, own_m: float, seen_m: float, wanted: ModelInput) -> list[str]:
+    """Warnings about pixels that the model sees.
+
+    Args:
+        scene: raster file.
+        own_m: its GSD.
+        seen_m: that at which the model sees it.
+        wanted: what the model takes.
+
+    Returns:
+        A line if pixels are much smaller or larger on the ground than in the training, and one if the scene
+        is far too coarse for the pixels that were asked for.
+    """
+    found = []
+    if own_m > GSD_FACTOR * seen_m:
+        found.append(
+            f"scene {scene} has pixels of {own_m:.3g} m and is seen at {seen_m:.3g} m: it becomes smoother, "
+            "not more detailed; expect worse results than on a scene that was taken at that size"
+        )
     if wanted.gsd_m is None:
-        return []
+        return found
     low, high = wanted.gsd_m
-    if low / GSD_FACTOR <= gsd_m <= high * GSD_FACTOR:
-        return []
+    if low / GSD_FACTOR <= seen_m <= high * GSD_FACTOR:
+        return found
     trained = f"{low:g} m" if low == high else f"{low:g} to {high:g} m"
+    has = "has" if own_m == seen_m else "is seen at"
     return [
-        f"scene {scene} has pixels of {gsd_m:.3g} m, but model {wanted.name!r} was trained at {trained}; "
-        "expect worse results, or resample the scene first (gdalwarp -tr)"
+        *found,
+        f"scene {scene} {has} pixels of {seen_m:.3g} m, but model {wanted.name!r} was trained at {trained}; "
+        "expect worse results, or resample it (--gsd model in canopy and landcover predict, else gdalwarp)",
     ]
 
 

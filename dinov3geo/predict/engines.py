@@ -18,7 +18,7 @@ from dinov3geo.predict.encodings import Encoding
 from dinov3geo.predict.stream import Array, Floats, Mask, RunTiles, output_shape, stream_rows
 from dinov3geo.rasters.geotiff import GeoTiffWriter, block_cache
 from dinov3geo.rasters.grid import PixelGrid, TilePlan
-from dinov3geo.rasters.reader import SceneReader
+from dinov3geo.rasters.regridded import RegriddedScene
 from dinov3geo.rasters.threads import quick_handover
 from dinov3geo.rasters.unfinished import Statistics
 
@@ -42,8 +42,9 @@ class TileTask:
     Attributes:
         scene: raster file.
         bands: 1-based indexes in the model's order.
-        plan: tiles of the scene.
-        stride: scene pixels per output cell.
+        grid: on which the model sees the scene.
+        plan: tiles of the grid.
+        stride: pixels of the grid per output cell.
         batch_size: tiles per call of the model.
         outputs: values per cell that the model gives.
         make_runner: makes the function that runs tiles; called once by whoever computes.
@@ -51,6 +52,7 @@ class TileTask:
 
     scene: Path
     bands: tuple[int, ...]
+    grid: PixelGrid
     plan: TilePlan
     stride: int
     batch_size: int
@@ -66,7 +68,10 @@ class TileTask:
         """Computes rows `first` to `stop`; see `stream_rows`."""
         with ExitStack() as stack:
             stack.enter_context(block_cache(CACHE_BYTES))
-            sources = [stack.enter_context(SceneReader(self.scene, bands=self.bands)) for _ in range(readers)]
+            sources = [
+                stack.enter_context(RegriddedScene(self.scene, self.grid, bands=self.bands))
+                for _ in range(readers)
+            ]
             strips = stream_rows(
                 sources,
                 self.plan,
@@ -200,6 +205,7 @@ def job_name(task: TileTask, encoding: Encoding, job: Mapping[str, object]) -> s
         **job,
         "scene": [str(task.scene.resolve()), state.st_size, state.st_mtime_ns],
         "bands": task.bands,
+        "grid": list(task.grid.transform)[:6],
         "plan": hashlib.sha256(repr(plan).encode()).hexdigest(),
         "stride": task.stride,
         "batch": task.batch_size,

@@ -14,12 +14,14 @@ from dinov3geo.features.extract import weights_digest
 from dinov3geo.heads.base import HeightModel
 from dinov3geo.predict.checks import ModelInput, check_numbers, gsd_warnings
 from dinov3geo.predict.engines import CACHE_BYTES, TileTask
+from dinov3geo.predict.pixel_size import PixelSize, seen_grid
 from dinov3geo.predict.runners import ClassModel, sample_features
 from dinov3geo.predict.stream import Floats, RunTiles
 from dinov3geo.rasters.bands import choose_bands
 from dinov3geo.rasters.geotiff import block_cache
 from dinov3geo.rasters.grid import PixelGrid, TilePlan
 from dinov3geo.rasters.reader import SceneReader, inspect_scene
+from dinov3geo.rasters.regridded import RegriddedScene
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,9 @@ class SceneJob:
     Attributes:
         scene: raster file.
         bands: 1-based indexes in the model's order.
-        grid: of the scene.
-        plan: tiles.
-        stride: scene pixels per output cell.
+        grid: on which the model sees the scene, its own unless another pixel size was asked for.
+        plan: tiles of the grid.
+        stride: pixels of the grid per output cell.
         batch_size: tiles per call of the model.
         warnings: what the user should know, one line each.
     """
@@ -51,11 +53,13 @@ class SceneJob:
 
     def task(self, make_runner: Callable[[], RunTiles], outputs: int) -> TileTask:
         """What to compute with a model that gives so many values per cell."""
-        return TileTask(self.scene, self.bands, self.plan, self.stride, self.batch_size, outputs, make_runner)
+        return TileTask(
+            self.scene, self.bands, self.grid, self.plan, self.stride, self.batch_size, outputs, make_runner
+        )
 
     def sample(self, features: RunTiles, *, max_tiles: int = 32, max_patches: int = 20_000) -> Floats:
         """Features [N, D] of patches drawn from all over the scene; raises `DataError` if it is empty."""
-        with block_cache(CACHE_BYTES), SceneReader(self.scene, bands=self.bands) as reader:
+        with block_cache(CACHE_BYTES), RegriddedScene(self.scene, self.grid, bands=self.bands) as reader:
             return sample_features(
                 reader,
                 self.plan,
@@ -67,7 +71,14 @@ class SceneJob:
 
 
 def prepare(
-    scene: Path, wanted: ModelInput, tile: int, overlap: int, batch_size: int, *, stride: int = 1
+    scene: Path,
+    wanted: ModelInput,
+    tile: int,
+    overlap: int,
+    batch_size: int,
+    *,
+    stride: int = 1,
+    gsd: PixelSize = None,
 ) -> SceneJob:
     """Checks all that can be checked before any work.
 
@@ -77,10 +88,11 @@ def prepare(
         tile: side of a tile in pixels, rounded down to whole cells.
         overlap: pixels that neighbouring tiles share, rounded down to whole cells.
         batch_size: tiles per call of the model.
-        stride: scene pixels per output cell.
+        stride: pixels that the model sees per output cell.
+        gsd: their size in metres, "model" for the nearest of its training, None for the scene's own.
 
     Raises:
-        ConfigError: tile or batch size make no sense.
+        ConfigError: tile, batch size or pixel size make no sense.
         DataError: too few bands, numbers of another scale, NaN, tiles that never advance.
         RasterError, GeoreferenceError: the scene cannot be used.
     """
@@ -90,24 +102,37 @@ def prepare(
         raise ConfigError(f"tile must be at least one patch of {stride} pixels, got {tile}")
     bands, warnings = choose_bands(scene, wanted.normalization.bands, model=wanted.name)
     with block_cache(CACHE_BYTES), SceneReader(scene, bands=bands) as reader:
-        grid = reader.info.grid
+        own = reader.info.grid
+        grid = seen_grid(scene, own, gsd, wanted)
         check_numbers(reader, wanted)
-    warnings += gsd_warnings(scene, grid.gsd_m, wanted)
+    warnings += gsd_warnings(scene, own.gsd_m, grid.gsd_m, wanted)
     plan = grid.tiles(tile // stride * stride, overlap // stride * stride, stride)
     return SceneJob(scene, bands, grid, plan, stride, batch_size, tuple(warnings))
 
 
-def count_tiles(scene: Path, tile: int, overlap: int) -> int:
+def count_tiles(
+    scene: Path, tile: int, overlap: int, *, seen: tuple[PixelSize, ModelInput] | None = None
+) -> int:
     """About how many tiles a scene is cut into, which is how long it takes beside others.
+
+    Args:
+        scene: raster file.
+        tile: as `prepare`.
+        overlap: likewise.
+        seen: pixel size and what the model takes, where the size need not be the scene's own.
 
     Raises:
         RasterError, GeoreferenceError: the scene cannot be used.
         DataError: tiles that never advance.
+        ConfigError: a pixel size that makes no sense.
     """
-    return len(inspect_scene(scene).grid.tiles(tile, overlap))
+    grid = inspect_scene(scene).grid
+    if seen is not None:
+        grid = seen_grid(scene, grid, *seen)
+    return len(grid.tiles(tile, overlap))
 
 
-def model_input(model: HeightModel | ClassModel, name: str) -> ModelInput:
+def model_input(model: HeightModel | ClassModel, name: str = "") -> ModelInput:
     """Bands of the backbone, GSD of the head's training where the card tells it."""
     backbone = ModelInput.of_backbone(model.backbone)
     gsd = model.card.get("gsd_m")

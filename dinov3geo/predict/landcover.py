@@ -21,6 +21,7 @@ from dinov3geo.predict.batches import batch_that_fits
 from dinov3geo.predict.encodings import Encoding, class_encoding, entropy_encoding, probability_encoding
 from dinov3geo.predict.engines import Progress, check_engine, write_maps
 from dinov3geo.predict.jobs import file_tags, model_facts, model_input, prepare
+from dinov3geo.predict.pixel_size import PixelSize
 from dinov3geo.predict.runners import ClassModel, class_runner
 from dinov3geo.predict.sidecars import class_names
 
@@ -53,6 +54,7 @@ def predict_landcover(
     model: ClassModel,
     uncertainty: str | Path | None = None,
     probabilities: str | Path | None = None,
+    gsd: PixelSize = None,
     tile: int = 512,
     overlap: int = 128,
     batch_size: int | None = None,
@@ -75,6 +77,7 @@ def predict_landcover(
         model: backbone and class probabilities, on the device to compute on.
         uncertainty: GeoTIFF of the entropy of the probabilities to write, 0 (sure) to 100 percent, or None.
         probabilities: GeoTIFF of the probabilities in percent to write, one band per class, or None.
+        gsd: see `predict_canopy`.
         tile: side of a tile in pixels.
         overlap: pixels that neighbouring tiles share and are blended over.
         batch_size: tiles per forward pass; None for as many as suit the device.
@@ -106,7 +109,7 @@ def predict_landcover(
     for path, _ in outputs:
         check_target(path, sources=(scene,), overwrite=overwrite)
     batch_size = batch_that_fits(model.backbone, tile) if batch_size is None else batch_size
-    job = prepare(scene, wanted, tile, overlap, batch_size)
+    job = prepare(scene, wanted, tile, overlap, batch_size, gsd=gsd)
     make_runner = functools.partial(class_runner, model, precision=precision, compiled=compiled)
     make_runner()  # raises for settings that make no sense
     outcome = write_maps(

@@ -24,6 +24,7 @@ from dinov3geo.predict.checks import ModelInput, check_picture
 from dinov3geo.predict.encodings import feature_encoding, height_encoding
 from dinov3geo.predict.engines import Progress, check_engine, write_map
 from dinov3geo.predict.jobs import file_tags, model_facts, model_input, prepare
+from dinov3geo.predict.pixel_size import PixelSize
 from dinov3geo.predict.preview import write_preview
 from dinov3geo.predict.runners import canopy_runner, feature_runner, pca_runner
 from dinov3geo.predict.stores import WRITERS, write_store
@@ -94,6 +95,7 @@ def predict_canopy(
     output: str | Path,
     *,
     model: HeightModel,
+    gsd: PixelSize = None,
     tile: int = 512,
     overlap: int = 128,
     batch_size: int | None = None,
@@ -110,14 +112,19 @@ def predict_canopy(
 ) -> PredictionReport:
     """Predicts the canopy height of a scene into a cloud-optimised GeoTIFF.
 
-    The output has the scene's CRS, extent and pixels; heights are float32 metres, pixels without data are
-    the head's nodata (-9999). It appears under its name only when whole; a run that was killed goes on where
-    it was when it is started again, and ends in the same bytes.
+    The output has the scene's CRS, extent and pixels (or pixels of `gsd`, which cover it from the same
+    corner); heights are float32 metres, pixels without data are the head's nodata (-9999). It appears under
+    its name only when whole; a run that was killed goes on where it was when it is started again, and ends in
+    the same bytes.
 
     Args:
         scene: raster file of any size; memory grows with its width only.
         output: GeoTIFF to write.
         model: backbone and head, on the device to compute on.
+        gsd: pixel size in metres at which the model sees the scene and the map is written; "model" for the
+            nearest one that the model was trained at, None for the scene's own. Pixels are averaged where
+            they become larger, interpolated where they become smaller, and square on the ground at the
+            scene's centre, in degrees, too.
         tile: side of a tile in pixels.
         overlap: pixels that neighbouring tiles share and are blended over.
         batch_size: tiles per forward pass; None for as many as suit the device.
@@ -137,7 +144,7 @@ def predict_canopy(
         RasterError: the scene cannot be read, or the output or preview not written or there already.
         GeoreferenceError: the scene has no usable position.
         DataError: too few bands, numbers of another scale, NaN, or no valid pixel at all.
-        ConfigError: tile, overlap, batch size, integer or precision make no sense.
+        ConfigError: tile, overlap, batch size, pixel size, integer or precision make no sense.
     """
     began = time.perf_counter()
     scene, output = Path(scene), Path(output)
@@ -155,7 +162,7 @@ def predict_canopy(
     )
     make_runner()  # raises for settings that make no sense
     batch_size = batch_that_fits(model.backbone, tile) if batch_size is None else batch_size
-    job = prepare(scene, wanted, tile, overlap, batch_size)
+    job = prepare(scene, wanted, tile, overlap, batch_size, gsd=gsd)
     facts = {**model_facts(model), "uncertainty": uncertainty, "precision": precision, "compiled": compiled}
     outcome = write_map(
         output,

@@ -104,17 +104,22 @@ class PixelGrid:
         latitude, is corrected by its cosine; other projected systems count as true to scale.
         """
         x_size, y_size = self.resolution_xy
+        x_metres, y_metres = self._metres_per_unit()
+        return math.sqrt(x_size * x_metres * y_size * y_metres)
+
+    def _metres_per_unit(self) -> tuple[float, float]:
+        """Metres on the ground per unit of x and of y at the centre."""
         if self.crs.is_geographic:
             x_metres, y_metres = _metres_per_degree(self._center_xy()[1])
             radians_factor = self.crs.units_factor[1]
             degrees = math.degrees(radians_factor) if radians_factor else 1.0
-            return math.sqrt(x_size * x_metres * y_size * y_metres) * degrees
-        gsd = math.sqrt(x_size * y_size) * self.crs.linear_units_factor[1]
+            return x_metres * degrees, y_metres * degrees
+        metres = float(self.crs.linear_units_factor[1])
         if self.crs.to_epsg() == 3857:
             x, y = self._center_xy()
             latitude = warp.transform(self.crs, CRS.from_epsg(4326), [x], [y])[1][0]
-            gsd *= math.cos(math.radians(latitude))
-        return float(gsd)
+            metres *= math.cos(math.radians(latitude))
+        return metres, metres
 
     def _center_xy(self) -> tuple[float, float]:
         xmin, ymin, xmax, ymax = self.bounds
@@ -137,6 +142,31 @@ class PixelGrid:
             raise DataError(f"a grid can be coarsened by a whole factor of 1 or more, got {factor}")
         height, width = -(-self.height // factor), -(-self.width // factor)
         return PixelGrid(self.crs, self.transform @ Affine.scale(factor), height, width)
+
+    def at_gsd(self, gsd_m: float) -> PixelGrid:
+        """A grid of the same corner that covers this one with pixels of a size on the ground.
+
+        Pixels are square on the ground at the centre, in degrees and Web Mercator, too. The last row and
+        column may reach beyond the edge.
+
+        Args:
+            gsd_m: width and height of a pixel at the centre in metres, see the property `gsd_m`.
+
+        Raises:
+            DataError: a size that is no positive number.
+        """
+        if not (math.isfinite(gsd_m) and gsd_m > 0):
+            raise DataError(f"pixels need a size above 0 m, got {gsd_m}")
+        x_metres, y_metres = self._metres_per_unit()
+        x_factor, y_factor = (
+            gsd_m / metres / size
+            for metres, size in zip((x_metres, y_metres), self.resolution_xy, strict=True)
+        )
+        height, width = (
+            max(math.ceil(length / factor - _ALIGNMENT_TOLERANCE_PX), 1)
+            for length, factor in ((self.height, y_factor), (self.width, x_factor))
+        )
+        return PixelGrid(self.crs, self.transform @ Affine.scale(x_factor, y_factor), height, width)
 
     def southward(self) -> PixelGrid:
         """The same pixels with rows counted from the north, whichever way they run in the file."""

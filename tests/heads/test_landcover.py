@@ -104,6 +104,12 @@ def test_fit_predict_evaluate(command, places, capsys):
     assert "#102030" in (places / "cover.qml").read_text()
     for name in ("cover_uncertainty.tif", "cover_probabilities.tif", "cover.gpkg", "cover_legend.png"):
         assert (places / name).is_file()
+    with rasterio.open(scene) as image:
+        coarse = 2 * image.res[0]
+    assert main([*words, "--overwrite", "--gsd", str(coarse)]) == 0
+    with rasterio.open(out) as dataset:
+        assert dataset.res == (coarse, coarse) and dataset.shape == (32, 32)
+        assert (dataset.read(1) == wanted[::2, ::2])[1:].mean() > 0.5
 
     assert main(command("evaluate", "--model", str(model), "--out", f"{places}/r", classes=False)) == 0
     row = json.loads((places / "r" / "results.json").read_text())["rows"][0]

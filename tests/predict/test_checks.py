@@ -47,8 +47,8 @@ def test_numbers_without_data_do_not_count(write_raster: WriteRaster) -> None:
 
 @pytest.mark.parametrize(("gsd_m", "warned"), [(0.04, 1), (0.05, 0), (0.2, 0), (0.5, 0), (0.51, 1)])
 def test_gsd_is_warned_about_beyond_a_factor_of_two(gsd_m: float, warned: int) -> None:
-    assert len(gsd_warnings(Path("scene.tif"), gsd_m, make_input(1.0))) == warned
-    assert gsd_warnings(Path("scene.tif"), gsd_m, make_input(1.0, gsd_m=None)) == []
+    assert len(gsd_warnings(Path("scene.tif"), gsd_m, gsd_m, make_input(1.0))) == warned
+    assert gsd_warnings(Path("scene.tif"), gsd_m, gsd_m, make_input(1.0, gsd_m=None)) == []
 
 
 RGB = ("red", "green", "blue")

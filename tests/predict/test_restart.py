@@ -39,10 +39,10 @@ backbone.card = BackboneCard("vit-test", "vit_tiny", 16, bands)
 output = OutputSpec("canopy_height", unit="m", minimum=0.0, maximum=60.0)
 head = DPTHead([24, 24], output=output, channels=8).eval().requires_grad_(False)
 model = CanopyModel(backbone, head, (0, 1), 1.0, 1, {"name": "test"})
-scene, target, engine, pause = sys.argv[1:5]
+scene, target, engine, pause, gsd = sys.argv[1:6]
 try:
     predict_canopy(
-        scene, target, model=model, tile=128, overlap=32, engine=engine, command="c",
+        scene, target, model=model, tile=128, overlap=32, engine=engine, command="c", gsd=float(gsd),
         progress=lambda done, total: time.sleep(float(pause)),
     )
 except UserError as error:
@@ -51,8 +51,10 @@ except UserError as error:
 """
 
 
-def start(scene: Path, target: Path, *, engine: str = "local", pause: float = 0.0) -> subprocess.Popen:
-    words = [sys.executable, "-c", SCRIPT, str(scene), str(target), engine, str(pause)]
+def start(
+    scene: Path, target: Path, *, engine: str = "local", pause: float = 0.0, gsd: float = 0.1
+) -> subprocess.Popen:
+    words = [sys.executable, "-c", SCRIPT, str(scene), str(target), engine, str(pause), str(gsd)]
     return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -89,6 +91,23 @@ def test_killed_ten_times_at_random_it_ends_in_the_same_bytes(scene: Path, tmp_p
     assert finish(start(scene, target))[0] == 0
     assert target.read_bytes() == (tmp_path / "whole.tif").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.tif", "scene.tif", "whole.tif"]
+
+
+@pytest.mark.slow
+def test_killed_at_another_pixel_size_it_ends_in_the_same_bytes(scene: Path, tmp_path: Path) -> None:
+    assert finish(start(scene, tmp_path / "whole.tif", gsd=0.07))[0] == 0
+    target, folder = tmp_path / "out.tif", tmp_path / ".out.tif.unfinished"
+    process = start(scene, target, pause=0.1, gsd=0.07)
+    while not list(folder.glob("strip*.tif")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL and not target.exists()
+    code, error = finish(start(scene, target, gsd=0.08))
+    assert code == 2 and "unfinished work of another command" in error
+    assert finish(start(scene, target, gsd=0.07))[0] == 0
+    assert target.read_bytes() == (tmp_path / "whole.tif").read_bytes()
+    with rasterio.open(target) as dataset:
+        assert dataset.shape == (7429, 429) and dataset.res == pytest.approx((0.07, 0.07))
 
 
 @pytest.fixture
@@ -177,8 +196,8 @@ def test_scenes_that_share_a_cluster_give_the_bytes_of_one_process(
     scenes = [write_raster(f"{k}.tif", shape=(3, 700, 200), seed=k) for k in range(3)]
 
     def predict(number: int, engine: str) -> bytes:
-        target = tmp_path / engine / f"{number}.tif"
-        predict_canopy(scenes[number], target, model=model, tile=128, overlap=32, engine=engine)
+        target, gsd = tmp_path / engine / f"{number}.tif", (None, 0.14, "model")[number]
+        predict_canopy(scenes[number], target, model=model, gsd=gsd, tile=128, overlap=32, engine=engine)
         return target.read_bytes()
 
     whole = [predict(number, "local") for number in range(3)]
