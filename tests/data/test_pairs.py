@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio import warp
 
-from dinov3geo.data.pairs import _chips, _overlap_groups, find_pairs, load_pair, match_pairs
+from dinov3geo.data.pairs import _chips, find_pairs, load_pair, match_pairs, overlap_groups
 from dinov3geo.errors import DataError, GeoreferenceError
 from dinov3geo.rasters.reader import inspect_scene
 
@@ -209,7 +209,7 @@ def test_images_of_the_same_ground_in_two_crs_share_a_group(write_raster, write_
     neighbour = write_raster("c.tif", shape=(1, 40, 60), origin=(X + 6, Y))  # touches a in their own CRS
     far = write_raster("d.tif", shape=(1, 40, 60), crs="EPSG:32616", origin=(bounds[0] + 500, bounds[3]))
     infos = [inspect_scene(path) for path in (here, other, neighbour, far)]
-    assert _overlap_groups(infos) == [str(here), str(here), str(neighbour), str(far)]
+    assert overlap_groups(infos) == [str(here), str(here), str(neighbour), str(far)]
 
 
 def test_real_plots_pair_up_whole(data_root):
