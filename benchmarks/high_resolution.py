@@ -10,8 +10,9 @@ in all columns, and so are the cells of 1.6 m that are predicted.
     python -m benchmarks.high_resolution --data DATA --work outputs/high_resolution \
         --out benchmarks/results/DATE_high_resolution
 
-DATA holds neon_plots/, treesatai/, flair/ (trained on) and neon/, teak/ (measured on; other places). SIGTERM
-and Ctrl-C stop it after the step that is being made; the same command goes on from there.
+DATA holds neon_plots/, treesatai/, flair/ (trained on) and neon/, teak/ (other places; measured on where a
+plot has 384 pixels). SIGTERM and Ctrl-C stop it after the step that is being made; the same command goes on
+from there.
 """
 
 from __future__ import annotations
