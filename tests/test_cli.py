@@ -209,7 +209,12 @@ def test_one_bar_tells_the_progress_of_all_scenes(monkeypatch):
 def test_models(capsys):
     code, out, _ = run(capsys, "models")
     assert code == 0 and all(name in out for name in ("vit-tiny-aerial", "canopy-tiny-aerial", "vit_large"))
+    kinds = {line.split()[0]: line for line in out.splitlines() if "-tiny-" in line}
+    assert "scene class" in kinds["eurosat-tiny-satellite"] and " MB" in kinds["eurosat-tiny-satellite"]
+    assert "land cover" in kinds["landcover-tiny-satellite"]
     code, out, _ = run(capsys, "models", "--json")
+    card = json.loads(out)["models"]["eurosat-tiny-satellite"]
+    assert (card["kind"], card["head_kind"], card["size"]) == ("scene class", "attention", 64)
     assert code == 0 and json.loads(out)["variants"]["vit_tiny"]["embed_dim"] == 192
     assert "did you mean 'vit-tiny-aerial'" in error_of(capsys, "models", "vit-tiny-aerail")
 

@@ -64,3 +64,32 @@ def test_scene_classes_without_a_model_named(data_root, tmp_path):
         rows = list(csv.DictReader(opened))
     right = [Path(row["file"]).parent.name == row["class"] for row in rows]
     assert len(right) == len(images) and np.mean(right) > 0.7
+
+
+@pytest.mark.parametrize("product", ["landcover", "classify"])
+def test_an_empty_name_is_not_the_starter_model(product, tmp_path, write_raster, capsys):
+    scene, out = write_raster(), tmp_path / ("a.csv" if product == "classify" else "a.tif")
+    assert main([product, "predict", str(scene), "-o", str(out), "--model", ""]) == 2
+    assert "model" in capsys.readouterr().err and not out.exists()
+
+
+def test_scene_classes_find_their_bands_by_name(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 255, (3, 64, 64), dtype=np.uint8)
+    files = {"straight": (picture, ("B04", "B03", "B02")), "turned": (picture[::-1], ("B02", "B03", "B04"))}
+    for name, (numbers, bands) in files.items():
+        with rasterio.open(
+            tmp_path / f"{name}.tif",
+            "w",
+            driver="GTiff",
+            height=64,
+            width=64,
+            count=3,
+            dtype="uint8",
+            crs="EPSG:32652",
+            transform=rasterio.Affine(10, 0, 342170, 0, -10, 3836350),
+        ) as written:
+            written.write(numbers)
+            written.descriptions = bands
+    paths = [tmp_path / f"{name}.tif" for name in files]
+    table = classifier.classify_files(classifier.load_classifier(), paths, tmp_path / "classes.csv")
+    assert table["class"].nunique() == table["probability"].nunique() == 1

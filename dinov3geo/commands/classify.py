@@ -157,8 +157,9 @@ def predict(
     if missing:
         raise ConfigError(f"no such image: {missing[0]}")
     check_target(output, sources=files, overwrite=overwrite)
+    classifier = load_classifier(DEFAULT_MODEL if model is None else model)
     with progress_bar("classify") as tell:
-        table = classify_files(load_classifier(model or DEFAULT_MODEL), files, output, progress=tell)
+        table = classify_files(classifier, files, output, progress=tell)
     counts = table["class"].value_counts()
     print_pairs([("table", str(output)), ("images", str(len(table)))])
     print_table(["class", "images"], [[str(name), str(count)] for name, count in counts.items()])

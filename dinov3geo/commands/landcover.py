@@ -285,7 +285,8 @@ def predict(
     size = parse_pixel_size(gsd)
     jobs = plan_outputs(find_rasters(scenes), output, product=PRODUCT)
     check_files(jobs, [None] * len(jobs), overwrite=overwrite, sidecars=not no_sidecars)
-    classifier = load_landcover_model(model or DEFAULT_MODEL).to(resolve_device(device))
+    classifier = load_landcover_model(DEFAULT_MODEL if model is None else model)
+    classifier = classifier.to(resolve_device(device))
     side = tile or min(int(classifier.card["settings"]["max_window"]), 512)
     shared = side // 4 if overlap is None else overlap
     # What is wrong with any scene is found before the first one is worked on.

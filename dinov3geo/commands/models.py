@@ -35,7 +35,7 @@ def models(
     if as_json:
         print(json.dumps({"models": cards, "variants": variants}, indent=2))
         return
-    rows = [[key, card["kind"], _scale(card), card["size"]] for key, card in cards.items()]
+    rows = [[key, card["kind"], _scale(card), card["file_size"]] for key, card in cards.items()]
     print_table(["model", "kind", "trained at", "size"], rows)
     print("\nArchitectures for `model.variant` of a pretraining configuration:\n")
     shapes = [
@@ -60,7 +60,12 @@ def _bundled_cards() -> dict[str, dict[str, Any]]:
         for kind, names in kinds.items()
         for name in names
     ]
-    return {name: {"kind": kind, **_read_card(weights, card)} for kind, name, weights, card in places}
+    # The card of a classifier has a kind and a size of its own: of its head, and of its pictures.
+    cards = {name: (kind, _read_card(weights, card)) for kind, name, weights, card in places}
+    return {
+        name: {**card, "kind": kind, **({"head_kind": card["kind"]} if "kind" in card else {})}
+        for name, (kind, card) in cards.items()
+    }
 
 
 def _foreign_card(name: str, *, download: bool) -> dict[str, Any]:
@@ -88,9 +93,9 @@ def _foreign_card(name: str, *, download: bool) -> dict[str, Any]:
 
 def _read_card(weights: Path, card: Path) -> dict[str, Any]:
     if not (weights.is_file() and card.is_file()):
-        return {"size": "not installed"}
+        return {"file_size": "not installed"}
     fields: dict[str, Any] = json.loads(card.read_text(encoding="utf-8"))
-    return {"size": f"{weights.stat().st_size / 1e6:.1f} MB", **fields}
+    return {"file_size": f"{weights.stat().st_size / 1e6:.1f} MB", **fields}
 
 
 def _scale(card: dict[str, Any]) -> str:
