@@ -41,7 +41,7 @@ from dinov3geo.backbones.zoo import load_backbone
 from dinov3geo.config import PretrainConfig, load_config
 from dinov3geo.data.pairs import find_pairs, load_pair
 from dinov3geo.errors import DataError, UserError
-from dinov3geo.evaluation.bootstrap import bootstrap
+from dinov3geo.evaluation.bootstrap import Interval, bootstrap
 from dinov3geo.evaluation.figures import save_figure
 from dinov3geo.evaluation.folds import balanced_folds
 from dinov3geo.paths import written_whole
@@ -185,55 +185,61 @@ def plot_features(backbone: Backbone, plot: Plot, window: int, enlarged: int) ->
 def height_errors(
     backbone: Backbone, plots: Sequence[Plot], window: int, enlarged: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Squared errors and squared deviations from the mean of all cells, summed per group of plots."""
+    """Squared errors of a ridge regression and squared heights, both from the plot's mean, summed per plot.
+
+    What tells one plot from another (light, season, the site's height) is in a plot's mean, and there are few
+    plots; so both features and heights are taken from the mean of their plot.
+    """
     rows = [plot_features(backbone, plot, window, enlarged)[plot.known] for plot in plots]
+    rows = [own - own.mean(0) for own in rows]
     wanted = [plot.height[plot.known].double() for plot in plots]
-    groups = [plot.group for plot in plots]
-    mean = torch.cat(wanted).mean()
-    names = sorted(set(groups))
-    residual, spread = np.zeros(len(names)), np.zeros(len(names))
-    fold_of = balanced_folds(groups, [len(part) for part in wanted], FOLDS, seed=0)
+    wanted = [own - own.mean() for own in wanted]
+    fold_of = balanced_folds([plot.group for plot in plots], [len(own) for own in wanted], FOLDS, seed=0)
+    residual = np.zeros(len(plots))
     for fold in range(FOLDS):
-        held = [i for i, own in enumerate(fold_of) if own == fold]
         fitted = [i for i, own in enumerate(fold_of) if own != fold]
         x, y = torch.cat([rows[i] for i in fitted]), torch.cat([wanted[i] for i in fitted])
-        centre, level = x.mean(0), y.mean()
-        gram = (x - centre).T @ (x - centre)
+        gram = x.T @ x
         gram.diagonal().add_(_RIDGE * gram.trace() / len(gram))
-        solution = torch.linalg.solve(gram, (x - centre).T @ (y - level))
-        for i in held:
-            at = names.index(groups[i])
-            predicted = (rows[i] - centre) @ solution + level
-            residual[at] += float((predicted - wanted[i]).square().sum())
-            spread[at] += float((wanted[i] - mean).square().sum())
-    return residual, spread
+        solution = torch.linalg.solve(gram, x.T @ y)
+        for i in (i for i, own in enumerate(fold_of) if own == fold):
+            residual[i] = float((rows[i] @ solution - wanted[i]).square().sum())
+    return residual, np.array([float(own.square().sum()) for own in wanted])
 
 
 def measure(work: Path, plots: Sequence[Plot]) -> Iterator[dict[str, Any]]:
-    """A row per arm and view: R2 with the 95 % interval of a bootstrap over groups of plots."""
+    """A row per arm and view: R2 within plots and its gain over the trunk, with 95 % intervals over plots."""
+    trunk: dict[tuple[int, int], NDArray[np.float64]] = {}
     for arm in ARMS:
         backbone = load_backbone(work / arm).eval()
-        for window, enlarged in VIEWS:
-            residual, spread = height_errors(backbone, plots, window, enlarged)
+        for view in VIEWS:
+            residual, spread = height_errors(backbone, plots, *view)
+            before = trunk.setdefault(view, residual)
+            row: dict[str, Any] = {"arm": arm, "window": view[0], "enlarged": view[1]}
+            for name, saved in (("r2", spread - residual), ("gain", before - residual)):
+                found = _share(saved, spread)
+                row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+            print(f"{ARMS[arm]}: {view[0]} px x {view[1]}: R2 {row['r2']:.3f}", flush=True)
+            yield row | {"errors": residual.tolist()}
 
-            def r2(chosen: NDArray[np.int64], e: Any = residual, s: Any = spread) -> float:  # noqa: ANN401
-                return float(1 - e[chosen].sum() / s[chosen].sum())
 
-            found = bootstrap(r2, len(residual), seed=0)
-            row = {"arm": arm, "window": window, "enlarged": enlarged, "r2": found.value}
-            print(f"{ARMS[arm]}: {window} px x {enlarged}: R2 {found.value:.3f}", flush=True)
-            yield row | {"low": found.low, "high": found.high, "errors": residual.tolist()}
+def _share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> Interval:
+    return bootstrap(lambda chosen: float(part[chosen].sum() / whole[chosen].sum()), len(part), seed=0)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: an arm per line, a view per column."""
+    """Markdown: an arm per line, a view per column; then the gains over the trunk."""
     names = [f"{w} px" if e == 1 else f"{w} px enlarged {e} times" for w, e in VIEWS]
-    lines = ["| R2 of heights | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for arm, label in ARMS.items():
-        own = [row for row in rows if row["arm"] == arm]
-        cells = [f"{row['r2']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for row in own]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    texts = []
+    for name, title in (("r2", "R2 of heights within plots"), ("gain", "gain over the first stage")):
+        lines = [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for arm, label in ARMS.items():
+            own = [row for row in rows if row["arm"] == arm]
+            cells = [f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" for row in own]
+            if name == "r2" or arm != TRUNK:
+                lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts) + "\n"
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -245,7 +251,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         for arm, label in ARMS.items():
             own = {(r["window"], r["enlarged"]): r["r2"] for r in rows if r["arm"] == arm}
             ax.plot([w * e for w, e in views], [own[v] for v in views], marker="o", label=label)
-        ax.set(title=title, xlabel="input side [px]", ylabel="R2 of canopy height", xticks=[96, 192, 384])
+        ax.set(
+            title=title, xlabel="input side [px]", ylabel="R2 of heights within plots", xticks=[96, 192, 384]
+        )
+    axes[0].set_ylabel("R2 of heights within plots")
     axes[0].legend()
     save_figure(figure, path)
 
