@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
@@ -143,7 +144,11 @@ def predict(
     ],
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME|DIR", help="Written by `classify fit`.", show_default="the starter model"),
+        typer.Option(
+            metavar="NAME|DIR",
+            help="A name from `dinov3geo models`, or written by `classify fit`.",
+            show_default="the starter model",
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -151,6 +156,7 @@ def predict(
     from dinov3geo.evaluation.classifier import DEFAULT_MODEL, classify_files, load_classifier
     from dinov3geo.evaluation.image_sets import list_images
     from dinov3geo.paths import check_target
+    from dinov3geo.predict.checks import ModelInput, check_chips
 
     files = [file for path in images for file in (list_images(path) if path.is_dir() else [path])]
     missing = [file for file in files if not file.is_file()]
@@ -158,6 +164,13 @@ def predict(
         raise ConfigError(f"no such image: {missing[0]}")
     check_target(output, sources=files, overwrite=overwrite)
     classifier = load_classifier(DEFAULT_MODEL if model is None else model)
+    gsd_m = classifier.card.get("gsd_m")
+    wanted = replace(
+        ModelInput.of_backbone(classifier.backbone),
+        name=str(classifier.card.get("name", model)),
+        gsd_m=None if gsd_m is None else (float(gsd_m[0]), float(gsd_m[1])),
+    )
+    warn(check_chips(files, wanted, classifier.encoder.size))
     with progress_bar("classify") as tell:
         table = classify_files(classifier, files, output, progress=tell)
     counts = table["class"].value_counts()

@@ -234,7 +234,7 @@ def predict(
         str | None,
         typer.Option(
             metavar="NAME|DIR",
-            help="Folder written by `landcover fit`.",
+            help="A name from `dinov3geo models`, or a folder of `landcover fit`.",
             show_default="the starter model",
         ),
     ] = None,

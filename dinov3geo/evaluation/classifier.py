@@ -111,6 +111,7 @@ class SceneClassifier:
         classes: K names.
         bands: to read from rasters.
         score: on the validation images.
+        card: what is known of the model.
     """
 
     encoder: BackboneEncoder
@@ -118,6 +119,12 @@ class SceneClassifier:
     classes: tuple[str, ...]
     bands: tuple[str, ...] | None
     score: float
+    card: dict[str, Any]
+
+    @property
+    def backbone(self) -> Backbone:
+        """What the encoder runs."""
+        return self.encoder.backbone
 
 
 def fit_classifier(
@@ -177,7 +184,9 @@ def fit_classifier(
         "command": command,
     }
     save_model(folder, backbone, head, card, what="classification", overwrite=overwrite)
-    return SceneClassifier(encoder, head, images.classes, None if bands is None else tuple(bands), score)
+    return SceneClassifier(
+        encoder, head, images.classes, None if bands is None else tuple(bands), score, card
+    )
 
 
 def _fit_head(
@@ -256,7 +265,7 @@ def load_classifier(name_or_folder: str | Path = DEFAULT_MODEL) -> SceneClassifi
         load_head_weights(folder, head)
         bands = None if card["bands"] is None else tuple(card["bands"])
         encoder = BackboneEncoder(backbone, size=int(card["size"]))
-        return SceneClassifier(encoder, head, classes, bands, float(card["validation_accuracy"]))
+        return SceneClassifier(encoder, head, classes, bands, float(card["validation_accuracy"]), card)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError | DataError):
             raise

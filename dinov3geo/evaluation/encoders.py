@@ -95,6 +95,11 @@ class BackboneEncoder:
         self._digest: str | None = None
 
     @property
+    def backbone(self) -> Backbone:
+        """What it runs."""
+        return self._backbone
+
+    @property
     def bands(self) -> tuple[str, ...]:
         """Names of the bands that it takes."""
         return self._normalization.bands

@@ -251,7 +251,7 @@ def find_model(name_or_folder: str | Path, bundled: Collection[str], *, what: st
     if str(name_or_folder) in bundled:
         return WEIGHTS / str(name_or_folder)
     folder = Path(name_or_folder)
-    if not folder.is_dir():
+    if not str(name_or_folder) or not folder.is_dir():
         valid = [*bundled, f"a folder that `{command}` wrote"]
         raise UnknownNameError(f"{what} model", str(name_or_folder), valid)
     return folder

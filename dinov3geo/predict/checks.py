@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from rasterio.windows import Window
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import Normalization
-from dinov3geo.errors import DataError, RasterError
+from dinov3geo.errors import DataError, GeoreferenceError, RasterError
 from dinov3geo.paths import check_target
-from dinov3geo.rasters.reader import SceneReader
+from dinov3geo.rasters.bands import choose_bands
+from dinov3geo.rasters.grid import PixelGrid
+from dinov3geo.rasters.reader import RASTER_SUFFIXES, SceneReader
 
 GSD_FACTOR = 2.0
 """A GSD this many times outside the range of the training is worth a warning."""
@@ -80,6 +83,62 @@ def check_numbers(reader: SceneReader, wanted: ModelInput) -> None:
         )
 
 
+def check_chips(files: Iterable[Path], wanted: ModelInput, size: int | None) -> list[str]:
+    """Looks at whole images that get one answer each, before any of them does.
+
+    Args:
+        files: images; pictures and rasters without a georeference are not looked at.
+        wanted: what the model takes.
+        size: side that every image is resized to, or None.
+
+    Returns:
+        At most one warning, of the first image that is seen at another pixel size than those of the training.
+
+    Raises:
+        DataError: numbers of another scale, NaN, bands that are missing, or no pixel with data.
+        RasterError: a file is damaged.
+    """
+    warnings: list[str] = []
+    for file in files:
+        if file.suffix.lower() not in RASTER_SUFFIXES:
+            continue
+        try:
+            bands, _ = choose_bands(file, wanted.normalization.bands, model=wanted.name)
+        except GeoreferenceError:
+            continue
+        with SceneReader(file, bands=bands) as reader:
+            check_numbers(reader, wanted)
+            grid = reader.info.grid
+            _, valid = reader.read(Window(0, 0, grid.width, grid.height))
+        if not valid.any():
+            raise DataError(f"{file} holds no pixel with data, so it has no class; leave it out")
+        warnings += _chip_warnings(file, grid, wanted, size)
+    more = f" (and {len(warnings) - 1} more images)" if len(warnings) > 1 else ""
+    return [text + more for text in warnings[:1]]
+
+
+def _chip_warnings(file: Path, grid: PixelGrid, wanted: ModelInput, size: int | None) -> list[str]:
+    shrunk = 1.0 if size is None else math.sqrt(grid.width * grid.height) / size
+    seen_m = grid.gsd_m * shrunk
+    if wanted.gsd_m is None or _is_near(seen_m, wanted.gsd_m):
+        return []
+    how = "" if size is None else f", resized to {size} x {size}"
+    own = f"{grid.width} x {grid.height} of {grid.gsd_m:.3g} m{how}"
+    return [
+        f"{file} is seen at {seen_m:.3g} m per pixel ({own}), but model {wanted.name!r} was fitted at "
+        f"{_range(wanted.gsd_m)}; cut scenes into pictures of that scale"
+    ]
+
+
+def _is_near(gsd_m: float, trained_m: tuple[float, float]) -> bool:
+    return trained_m[0] / GSD_FACTOR <= gsd_m <= trained_m[1] * GSD_FACTOR
+
+
+def _range(gsd_m: tuple[float, float]) -> str:
+    low, high = gsd_m
+    return f"{low:g} m" if low == high else f"{low:g} to {high:g} m"
+
+
 def gsd_warnings(scene: Path, own_m: float, seen_m: float, wanted: ModelInput) -> list[str]:
     """Warnings about pixels that the model sees.
 
@@ -101,10 +160,9 @@ def gsd_warnings(scene: Path, own_m: float, seen_m: float, wanted: ModelInput) -
         )
     if wanted.gsd_m is None:
         return found
-    low, high = wanted.gsd_m
-    if low / GSD_FACTOR <= seen_m <= high * GSD_FACTOR:
+    if _is_near(seen_m, wanted.gsd_m):
         return found
-    trained = f"{low:g} m" if low == high else f"{low:g} to {high:g} m"
+    trained = _range(wanted.gsd_m)
     has = "has" if own_m == seen_m else "is seen at"
     return [
         *found,

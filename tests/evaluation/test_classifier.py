@@ -67,3 +67,25 @@ def test_bad_input_is_one_line(chips, tmp_path, capsys, write_raster):
     assert "n.tif" in error_of(*place, tmp_path / "o.gpkg")
     assert "valid suffixes" in error_of(*place, tmp_path / "o.shp")
     assert cli.main([str(w) for w in [*place, tmp_path / "o.csv"]]) == 0
+
+
+def test_chips_that_do_not_suit_the_starter_model(tmp_path, capsys, write_raster):
+    def run(path):
+        code = cli.main(["classify", "predict", str(path), "-o", str(tmp_path / "o.csv"), "--overwrite"])
+        return code, capsys.readouterr().err
+
+    pixels = np.random.default_rng(0).integers(1, 255, (3, 64, 64))
+    good = write_raster("good.tif", array=pixels.astype(np.uint8), pixel_size=10.0, nodata=0)
+    assert run(good) == (0, "")
+    for name, options in {
+        "fine.tif": {"array": pixels.astype(np.uint8), "pixel_size": 1.0},
+        "large.tif": {"array": np.tile(pixels, (1, 4, 4)).astype(np.uint8), "pixel_size": 10.0},
+    }.items():
+        code, error = run(write_raster(name, **options))
+        assert code == 0 and "was fitted at 10 m" in error and error.count("\n") == 1
+    code, error = run(
+        write_raster("empty.tif", array=np.zeros((3, 64, 64), np.uint8), pixel_size=10.0, nodata=0)
+    )
+    assert code == 2 and "empty.tif holds no pixel with data" in error
+    code, error = run(write_raster("u16.tif", array=(pixels * 20).astype(np.uint16), pixel_size=10.0))
+    assert code == 2 and "u16.tif holds uint16 numbers" in error
