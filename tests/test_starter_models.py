@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,17 @@ def test_a_starter_model_loads_and_its_card_says_what_it_is(name):
     assert card["name"] == name and card["backbone"]["bundled"] in BACKBONES
     assert all(card[key] for key in ("licence", "gsd_m", "trained_on", "scores", "limits", "command"))
     assert not any(word in json.dumps(card) for word in ("/work", "/tmp", "/home"))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_folder_of_a_model_is_shown_as_its_name_is(name, tmp_path, capsys):
+    shutil.copytree(WEIGHTS / name, tmp_path / "model")
+    shown = []
+    for word in (name, str(tmp_path / "model")):
+        assert main(["models", word]) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+    assert shown[0].pop("file_size").endswith(" MB")
+    assert shown[0] == shown[1]
 
 
 def test_weights_in_the_package_stay_small():

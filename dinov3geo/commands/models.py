@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,12 +61,7 @@ def _bundled_cards() -> dict[str, dict[str, Any]]:
         for kind, names in kinds.items()
         for name in names
     ]
-    # The card of a classifier has a kind and a size of its own: of its head, and of its pictures.
-    cards = {name: (kind, _read_card(weights, card)) for kind, name, weights, card in places}
-    return {
-        name: {**card, "kind": kind, **({"head_kind": card["kind"]} if "kind" in card else {})}
-        for name, (kind, card) in cards.items()
-    }
+    return {name: _as_kind(kind, _read_card(weights, card)) for kind, name, weights, card in places}
 
 
 def _foreign_card(name: str, *, download: bool) -> dict[str, Any]:
@@ -77,6 +73,9 @@ def _foreign_card(name: str, *, download: bool) -> dict[str, Any]:
     from dinov3geo.heads.models import describe_height_model
 
     path = locate_repository(name, download=download) if is_hub_name(name) else Path(name)
+    fitted = _fitted_card(path)
+    if fitted is not None:
+        return fitted
     heights = describe_height_model(path)
     if heights is not None:
         return {"kind": "canopy height", **heights}
@@ -89,6 +88,29 @@ def _foreign_card(name: str, *, download: bool) -> dict[str, Any]:
         "left_out": list(opened.dropped),
         **asdict(opened.card),
     }
+
+
+def _fitted_card(folder: Path) -> dict[str, Any] | None:
+    """The card of a fitted model of classes or objects, once its tensors fit; None for anything else."""
+    from dinov3geo.evaluation.classifier import load_classifier
+    from dinov3geo.heads.detection import load_detection_model
+    from dinov3geo.heads.folders import card_product
+    from dinov3geo.heads.landcover import load_landcover_model
+
+    loaders: dict[str, Callable[[Path], Any]] = {
+        "land_cover": load_landcover_model,
+        "scene_class": load_classifier,
+        "objects": load_detection_model,
+    }
+    product = card_product(folder)
+    if product is None or product not in loaders:
+        return None
+    return _as_kind(product.replace("_", " "), loaders[product](folder).card)
+
+
+def _as_kind(kind: str, card: dict[str, Any]) -> dict[str, Any]:
+    """A card with the kind of its model; a classifier's own `kind` is that of its head."""
+    return {**card, "kind": kind, **({"head_kind": card["kind"]} if "kind" in card else {})}
 
 
 def _read_card(weights: Path, card: Path) -> dict[str, Any]:

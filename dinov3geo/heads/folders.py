@@ -171,6 +171,16 @@ def read_card(path: Path, *, product: str) -> dict[str, Any]:
     return card
 
 
+def card_product(folder: Path) -> str | None:
+    """What a model's folder gives, e.g. `"land_cover"`, as far as its card can be read; else None."""
+    try:
+        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+        return str(card["output"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        # Whoever opens the model says what is wrong with its card.
+        return None
+
+
 def load_model_backbone(
     folder: Path, card: Mapping[str, Any], backbone: str | Path | None = None
 ) -> Backbone:
