@@ -85,8 +85,21 @@ def load_model[Model: BaseModel](
 
 def dump_model(model: BaseModel) -> str:
     """The whole configuration, defaults included, as YAML that `load_model` reads back."""
-    text: str = yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = model.model_dump(mode="json")
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes words that YAML 1.2 reads as numbers and YAML 1.1, which PyYAML writes, does not: `0E0`."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if isinstance(_plain_value(text), str) else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def dotted_keys(model_type: type[BaseModel], prefix: str = "") -> list[str]:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -221,6 +221,7 @@ def test_plain_values_follow_yaml_1_2(tmp_path, text, value):
     sizes=st.lists(st.integers(0, 10**9), max_size=4),
     mirror=st.booleans(),
 )
+@example(root="0E0", lr=1.0, sizes=[], mirror=False)
 def test_dump_is_read_back(tmp_path_factory, root, lr, sizes, mirror):
     views = {"local": Crops(sizes=tuple(sizes), mirror=mirror)}
     config = Model(root=root, optim=Optim(lr=lr), views=views)
