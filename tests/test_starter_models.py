@@ -12,9 +12,10 @@ import rasterio
 import dinov3geo
 from dinov3geo.backbones.zoo import BUNDLED as BACKBONES
 from dinov3geo.cli import main
+from dinov3geo.errors import RasterError
 from dinov3geo.evaluation import classifier
 from dinov3geo.heads import canopy, landcover
-from dinov3geo.heads.folders import CARD_FILE, WEIGHTS, read_card
+from dinov3geo.heads.folders import CARD_FILE, WEIGHTS, check_free, read_card
 
 LOADERS = {
     classifier.DEFAULT_MODEL: classifier.load_classifier,
@@ -45,6 +46,14 @@ def test_the_folder_of_a_model_is_shown_as_its_name_is(name, tmp_path, capsys):
         shown.append(json.loads(capsys.readouterr().out))
     assert shown[0].pop("file_size").endswith(" MB")
     assert shown[0] == shown[1]
+
+
+def test_a_fit_does_not_overwrite_a_model_of_another_kind(tmp_path):
+    shutil.copytree(WEIGHTS / landcover.DEFAULT_MODEL, tmp_path / "model")
+    check_free(tmp_path / "model", what="land-cover", overwrite=True)
+    for what in ("canopy", "detection", "classification"):
+        with pytest.raises(RasterError, match=f"is a model of land cover, not a {what} model"):
+            check_free(tmp_path / "model", what=what, overwrite=True)
 
 
 def test_weights_in_the_package_stay_small():

@@ -36,6 +36,12 @@ SOURCE = "source"
 HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
 WEIGHTS = Path(__file__).parent / "weights"
 """Models that come with the package, a folder each."""
+_PRODUCTS = {
+    "canopy": "canopy_height",
+    "land-cover": "land_cover",
+    "detection": "objects",
+    "classification": "scene_class",
+}
 
 
 def save_model(
@@ -103,6 +109,10 @@ def check_free(folder: Path, *, what: str, overwrite: bool) -> None:
         raise RasterError(f"{folder} exists; give another folder or allow overwriting")
     if folder.exists() and not (folder / CARD_FILE).is_file() and any(folder.iterdir()):
         raise RasterError(f"{folder} is not a {what} model (no {CARD_FILE}), so it is not overwritten")
+    product = card_product(folder)
+    if product is not None and product != _PRODUCTS[what]:
+        gives = product.replace("_", " ")
+        raise RasterError(f"{folder} is a model of {gives}, not a {what} model, so it is not overwritten")
     obstacle = folder_obstacle(folder.parent)
     if obstacle is not None:
         raise RasterError(f"cannot write into {folder.parent}: {obstacle}")
