@@ -306,7 +306,9 @@ def fit_canopy_head(
             own = settings.fit.model_copy(update={"seed": settings.fit.seed + number})
             kept = None if state_file is None else state_file.with_name(f"{state_file.name}{number}")
             results.append(fit(member, reduced, settings=own, state_file=kept))
-        return head.eval(), results[0]
+        # Finished members of a fit that was cut off are fitted again, so a later one may tell of it.
+        resumed = max(result.resumed_epoch for result in results)
+        return head.eval(), replace(results[0], resumed_epoch=resumed)
     return head, fit(head, samples, settings=settings.fit, state_file=state_file)
 
 
