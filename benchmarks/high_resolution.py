@@ -296,7 +296,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parse(words)
     keep_freed_memory()
     try:
-        plots = read_plots(options.data, patch=16)
+        plots = read_plots(options.data, trunk_settings(options).model.patch_size)
         stopped = train(options)
         if stopped is not None:
             print("stopped; the same command goes on", file=sys.stderr)
