@@ -21,6 +21,7 @@ from dinov3geo.commands.demo import demo
 from dinov3geo.commands.detect import detect
 from dinov3geo.commands.distill import distill
 from dinov3geo.commands.export import export
+from dinov3geo.commands.filters import filters
 from dinov3geo.commands.landcover import landcover
 from dinov3geo.commands.maps import polygons, zonal
 from dinov3geo.commands.models import models
@@ -46,6 +47,7 @@ app.command()(demo)
 app.command()(models)
 app.command()(pretrain)
 app.command()(distill)
+app.command()(filters)
 app.command()(stats)
 app.command()(curate)
 app.command()(split)

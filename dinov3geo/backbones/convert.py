@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dinov3geo.backbones.convnext import STEM_STRIDE, ConvNextConfig
+from dinov3geo.backbones.filter_bank import FilterBankConfig
 from dinov3geo.backbones.keymaps import Renaming, convnext_pairs, vit_pairs
 from dinov3geo.backbones.rope import rotation_periods
 from dinov3geo.backbones.vit import VitConfig
@@ -26,6 +27,7 @@ Tensors = dict[str, Tensor]
 _MARKERS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     ("ours", "vit", re.compile(r"blocks\.\d+\.attention\.qkv\.weight")),
     ("ours", "convnext", re.compile(r"stages\.\d+\.\d+\.depthwise\.weight")),
+    ("ours", "filters", re.compile(r"filters\.\d+\.weight")),
     ("official", "vit", re.compile(r"blocks\.\d+\.ls1\.gamma")),
     ("official", "convnext", re.compile(r"stages\.\d+\.\d+\.dwconv\.weight")),
     ("hf", "vit", re.compile(r"(?:model\.)?layer\.\d+\.layer_scale1\.lambda1")),
@@ -53,13 +55,13 @@ class Checkpoint:
     """
 
     dialect: str
-    config: VitConfig | ConvNextConfig
+    config: VitConfig | ConvNextConfig | FilterBankConfig
     tensors: Tensors
     dropped: tuple[str, ...] = ()
 
 
 def recognise(names: Mapping[str, object]) -> tuple[str, str]:
-    """Dialect and family (`"vit"` or `"convnext"`) of a checkpoint.
+    """Dialect and family (`"vit"`, `"convnext"` or, of ours, `"filters"`) of a checkpoint.
 
     Args:
         names: tensors without prefixes, see `unwrap`.
@@ -140,7 +142,9 @@ def to_ours(tensors: Mapping[str, Tensor]) -> Checkpoint:
     return Checkpoint(dialect, _describe(ours, family, rounded=rounded), ours, dropped)
 
 
-def from_ours(tensors: Mapping[str, Tensor], config: VitConfig | ConvNextConfig, dialect: str) -> Tensors:
+def from_ours(
+    tensors: Mapping[str, Tensor], config: VitConfig | ConvNextConfig | FilterBankConfig, dialect: str
+) -> Tensors:
     """Tensors of this library in another dialect.
 
     What the dialect has no place for is left out: the norm of local crops in `hf` and `timm`, the mask token
@@ -156,6 +160,8 @@ def from_ours(tensors: Mapping[str, Tensor], config: VitConfig | ConvNextConfig,
     """
     if dialect == "ours":
         return dict(tensors)
+    if isinstance(config, FilterBankConfig):
+        raise DataError(f"a filter bank is of this library alone and has no form in the {dialect} dialect")
     rest = dict(tensors)
     theirs: Tensors = {}
     if isinstance(config, ConvNextConfig):
@@ -302,13 +308,15 @@ def _drop_local_norm(rest: Tensors) -> None:
         rest.pop(name, None)
 
 
-def _describe(ours: Tensors, family: str, *, rounded: bool) -> VitConfig | ConvNextConfig:
+def _describe(ours: Tensors, family: str, *, rounded: bool) -> VitConfig | ConvNextConfig | FilterBankConfig:
     """The shape that tensors belong to.
 
     Raises:
         DataError: a tensor is missing without which the shape cannot be told.
     """
     try:
+        if family == "filters":
+            return _describe_filters(ours)
         return _describe_convnext(ours) if family == "convnext" else _describe_vit(ours, rounded=rounded)
     except KeyError as error:
         raise DataError(f"the checkpoint is not complete: it has no tensor {error}") from error
@@ -317,7 +325,12 @@ def _describe(ours: Tensors, family: str, *, rounded: bool) -> VitConfig | ConvN
 
 
 def _describe_vit(ours: Tensors, *, rounded: bool) -> VitConfig:
-    dim, bands, patch, _ = ours["patch_embed.weight"].shape
+    kernels = _kernels(ours, "patch_embed.filters")
+    if kernels:
+        dim, bands = ours["patch_embed.proj.weight"].shape[0], ours["patch_embed.filters.0.weight"].shape[1]
+        patch = 16  # the tensors do not tell: the card does
+    else:
+        dim, bands, patch, _ = ours["patch_embed.weight"].shape
     blocks = 1 + max(int(n.split(".")[1]) for n in ours if n.startswith("blocks."))
     gated = any(".ffn.gate." in n for n in ours)
     return VitConfig(
@@ -332,6 +345,7 @@ def _describe_vit(ours: Tensors, *, rounded: bool) -> VitConfig:
         patch_size=patch,
         in_channels=bands,
         rope_rounded_periods=rounded,
+        stem_kernels=kernels,
     )
 
 
@@ -345,6 +359,22 @@ def _describe_convnext(ours: Tensors) -> ConvNextConfig:
     stages = range(max(deepest) + 1)
     dims = (dim, *(ours[f"downsamples.{s - 1}.conv.weight"].shape[0] for s in stages[1:]))
     return ConvNextConfig(tuple(deepest[s] + 1 for s in stages), dims, in_channels=bands)
+
+
+def _describe_filters(ours: Tensors) -> FilterBankConfig:
+    return FilterBankConfig(
+        embed_dim=len(ours["whole.weight"]),
+        kernels=_kernels(ours, "filters"),
+        in_channels=ours["filters.0.weight"].shape[1],
+    )
+
+
+def _kernels(ours: Tensors, prefix: str) -> tuple[tuple[int, int], ...]:
+    """(side, number of filters) of every group of filters, in order."""
+    found: list[tuple[int, int]] = []
+    while (name := f"{prefix}.{len(found)}.weight") in ours:
+        found.append((ours[name].shape[2], ours[name].shape[0]))
+    return tuple(found)
 
 
 def _some(names: Mapping[str, object] | list[str]) -> str:

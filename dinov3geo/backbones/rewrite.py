@@ -15,6 +15,7 @@ import torch
 
 from dinov3geo.backbones.card import Normalization, SensorLike
 from dinov3geo.backbones.convert import DIALECTS, from_ours, to_ours
+from dinov3geo.backbones.convnext import ConvNextConfig
 from dinov3geo.backbones.store import (
     HF_CONFIG,
     HF_PROCESSOR,
@@ -197,7 +198,7 @@ def _as_json(fields: dict[str, Any]) -> str:
 
 def hf_config(config: Config) -> dict[str, Any]:
     """The config.json of a transformers model of this shape."""
-    if not isinstance(config, VitConfig):
+    if isinstance(config, ConvNextConfig):
         return {
             "architectures": ["DINOv3ConvNextModel"],
             "model_type": "dinov3_convnext",
@@ -208,6 +209,7 @@ def hf_config(config: Config) -> dict[str, Any]:
             "layer_norm_eps": config.norm_eps,
             "image_size": 224,
         }
+    assert isinstance(config, VitConfig)  # other networks were refused by `from_ours`
     return {
         "architectures": ["DINOv3ViTModel"],
         "model_type": "dinov3_vit",

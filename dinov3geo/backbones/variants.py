@@ -7,14 +7,15 @@ from typing import Any
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.convnext import ConvNext, ConvNextConfig
+from dinov3geo.backbones.filter_bank import FilterBank, FilterBankConfig, FilterStem
 from dinov3geo.backbones.vit import VisionTransformer, VitConfig
 from dinov3geo.errors import ConfigError, DataError, UnknownNameError
 
-Config = VitConfig | ConvNextConfig
+Config = VitConfig | ConvNextConfig | FilterBankConfig
 
 # Source: DINOv3 paper, table of the model family; tiny (the shape that timm calls ViT-Ti) and micro (studies
 # of the recipe on one CPU core) are ours. There are no released weights of so400m, huge2 and giant2.
-VARIANTS: dict[str, Config] = {
+VARIANTS: dict[str, VitConfig | ConvNextConfig] = {
     "vit_micro": VitConfig(96, 4, 3, "mlp", 384),
     "vit_mini": VitConfig(192, 4, 3, "mlp", 768),
     "vit_tiny": VitConfig(192, 12, 3, "mlp", 768),
@@ -34,6 +35,9 @@ VARIANTS: dict[str, Config] = {
     "convnext_large": ConvNextConfig((3, 3, 27, 3), (192, 384, 768, 1536)),
 }
 
+# Shapes whose weights are computed, not trained.
+FITTED: dict[str, FilterBankConfig] = {"filter_bank": FilterBankConfig()}
+
 
 def build_backbone(
     variant: str,
@@ -43,6 +47,7 @@ def build_backbone(
     drop_path: float = 0.0,
     num_registers: int | None = None,
     layer_scale: float | None = None,
+    filters: FilterBank | None = None,
 ) -> Backbone:
     """An untrained network of a named shape.
 
@@ -53,10 +58,11 @@ def build_backbone(
         drop_path: stochastic depth in training.
         num_registers: register tokens; None for the variant's own. A ConvNeXt has none.
         layer_scale: initial factor of every residual branch; None for the variant's own.
+        filters: bank that becomes the patch embedding of a vision transformer, see `FilterStem`.
 
     Raises:
         UnknownNameError: no such variant.
-        ConfigError: another stride or registers for a ConvNeXt.
+        ConfigError: another stride, registers or filters for a ConvNeXt; filters of another patch or bands.
     """
     if variant not in VARIANTS:
         raise UnknownNameError("backbone variant", variant, VARIANTS)
@@ -67,9 +73,27 @@ def build_backbone(
     if isinstance(config, VitConfig):
         chosen = {"patch_size": patch_size, "num_registers": num_registers}
         changes |= {name: value for name, value in chosen.items() if value is not None}
-    elif patch_size not in (None, config.stride) or num_registers:
-        raise ConfigError(f"{variant} has stride {config.stride} and no registers; leave both out")
-    return build_network(dataclasses.replace(config, **changes))
+        if filters is not None:
+            changes["stem_kernels"] = filters.config.kernels
+    elif patch_size not in (None, config.stride) or num_registers or filters is not None:
+        raise ConfigError(
+            f"{variant} has stride {config.stride}, no registers and no filters; leave them out"
+        )
+    backbone = build_network(dataclasses.replace(config, **changes))
+    if filters is not None:
+        _take_filters(backbone, filters)
+    return backbone
+
+
+def _take_filters(backbone: Backbone, filters: FilterBank) -> None:
+    theirs = f"patch {filters.patch_size} and {filters.in_channels} bands"
+    if (backbone.patch_size, backbone.in_channels) != (filters.patch_size, filters.in_channels):
+        raise ConfigError(
+            f"the filters have {theirs}, the network has patch {backbone.patch_size} and "
+            f"{backbone.in_channels} bands; both must be the same"
+        )
+    assert isinstance(backbone, VisionTransformer) and isinstance(backbone.patch_embed, FilterStem)
+    backbone.patch_embed.copy_from(filters)
 
 
 def build_vit(
@@ -103,6 +127,8 @@ def build_vit(
 
 def build_network(config: Config) -> Backbone:
     """An untrained network of any shape."""
+    if isinstance(config, FilterBankConfig):
+        return FilterBank(config)
     return VisionTransformer(config) if isinstance(config, VitConfig) else ConvNext(config)
 
 
@@ -112,6 +138,8 @@ def variant_of(config: Config) -> str:
     Raises:
         DataError: none has this shape.
     """
+    if isinstance(config, FilterBankConfig):
+        return next(iter(FITTED))
     shape = _shape(config)
     for name, other in VARIANTS.items():
         if _shape(other) == shape:
@@ -119,7 +147,7 @@ def variant_of(config: Config) -> str:
     raise DataError(f"no variant has this shape: {shape}; known are {', '.join(VARIANTS)}")
 
 
-def _shape(config: Config) -> str:
+def _shape(config: VitConfig | ConvNextConfig) -> str:
     if isinstance(config, VitConfig):
         return f"width {config.embed_dim}, {config.num_blocks} blocks, {config.ffn} of {config.ffn_hidden}"
     return f"depths {config.depths}, widths {config.dims}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dinov3geo.backbones.attention import attend
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.features import Features
+from dinov3geo.backbones.filter_bank import FilterStem
 from dinov3geo.backbones.rope import RotaryEmbedding, rotate
 
 
@@ -43,6 +44,8 @@ class VitConfig:
         rope_shift: see `RotaryEmbedding`.
         rope_jitter: see `RotaryEmbedding`.
         drop_path: share of the batch that skips a residual branch in training, the same at every depth.
+        stem_kernels: (side, number) of the filters of a `FilterStem`; empty for one convolution as large as
+            the patch, which every released network has.
     """
 
     embed_dim: int
@@ -63,6 +66,7 @@ class VitConfig:
     rope_shift: float | None = None
     rope_jitter: float | None = None
     drop_path: float = 0.0
+    stem_kernels: tuple[tuple[int, int], ...] = ()
 
 
 class Attention(nn.Module):
@@ -176,7 +180,11 @@ class VisionTransformer(Backbone):
         super().__init__()
         self.config = config
         dim = config.embed_dim
-        self.patch_embed = nn.Conv2d(config.in_channels, dim, config.patch_size, config.patch_size)
+        self.patch_embed: nn.Conv2d | FilterStem = (
+            FilterStem(config.in_channels, dim, config.patch_size, config.stem_kernels)
+            if config.stem_kernels
+            else nn.Conv2d(config.in_channels, dim, config.patch_size, config.patch_size)
+        )
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.register_tokens = nn.Parameter(torch.empty(1, config.num_registers, dim))
         self.mask_token = nn.Parameter(torch.zeros(dim))
@@ -225,10 +233,11 @@ class VisionTransformer(Backbone):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        bound = 1 / math.sqrt(self.config.in_channels * self.config.patch_size**2)
-        nn.init.uniform_(self.patch_embed.weight, -bound, bound)
-        if self.patch_embed.bias is not None:
-            nn.init.uniform_(self.patch_embed.bias, -bound, bound)
+        if isinstance(self.patch_embed, nn.Conv2d):
+            bound = 1 / math.sqrt(self.config.in_channels * self.config.patch_size**2)
+            nn.init.uniform_(self.patch_embed.weight, -bound, bound)
+            if self.patch_embed.bias is not None:
+                nn.init.uniform_(self.patch_embed.bias, -bound, bound)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.register_tokens, std=0.02)
 

@@ -16,6 +16,7 @@ from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import NORMALIZATIONS, RGB, BackboneCard, Normalization, SensorLike
 from dinov3geo.backbones.convert import Checkpoint, to_ours
 from dinov3geo.backbones.convnext import ConvNext, ConvNextConfig
+from dinov3geo.backbones.filter_bank import FilterBankConfig
 from dinov3geo.backbones.hub import PREFIX, is_hub_name, locate_repository
 from dinov3geo.backbones.stems import adapt_stem, needs_choice
 from dinov3geo.backbones.store import (
@@ -30,8 +31,8 @@ from dinov3geo.backbones.store import (
 )
 from dinov3geo.backbones.store import read_tensors as read_tensors
 from dinov3geo.backbones.store import write_tensors as write_tensors
+from dinov3geo.backbones.variants import FITTED, Config, build_network, variant_of
 from dinov3geo.backbones.variants import VARIANTS as VARIANTS
-from dinov3geo.backbones.variants import Config, build_network, variant_of
 from dinov3geo.backbones.variants import build_backbone as build_backbone
 from dinov3geo.backbones.variants import build_vit as build_vit
 from dinov3geo.backbones.vit import VisionTransformer, VitConfig
@@ -46,6 +47,8 @@ DEFAULT_BACKBONE = "vit-tiny-aerial"
 RUN_EXPORT = "backbone.safetensors"
 
 # What a card must say, because the tensors do not.
+# Tensors [D, C, k, k] that see the bands.
+_FIRST_KERNELS = re.compile(r"patch_embed\.weight|stem\.conv\.weight|(patch_embed\.)?filters\.\d+\.weight")
 _UNSEEN = ("norm_eps", "rope_base", "rope_rescale", "rope_rounded_periods", "rope_shift", "rope_jitter")
 
 
@@ -183,8 +186,8 @@ def adapt_bands(
         UnknownNameError: a band that neither the sensor nor the weights know.
     """
     known = card.normalization
-    first = "patch_embed.weight" if "patch_embed.weight" in tensors else "stem.conv.weight"
-    count = tensors[first].shape[1]
+    first = [name for name in tensors if _FIRST_KERNELS.fullmatch(name)]
+    count = tensors[first[0]].shape[1]
     if count != len(known.bands):
         named = None if sensor is None else Normalization.of_bands(_bands(sensor, bands))
         if named is None or len(named.bands) != count:
@@ -197,7 +200,13 @@ def adapt_bands(
     if bands is None and sensor is None:
         return card
     names = tuple(bands) if bands is not None else tuple(band.name for band in _bands(sensor, None))
-    tensors[first] = adapt_stem(tensors[first], known.bands, names, how=stem)
+    if needs_choice(known.bands, names) and "filters" in first[0]:
+        raise ConfigError(
+            f"the filters of {card.name} were fitted to the bands {', '.join(known.bands)}, and "
+            f"{', '.join(names)} are wanted; fit others to these (dinov3geo filters)"
+        )
+    for name in first:
+        tensors[name] = adapt_stem(tensors[name], known.bands, names, how=stem)
     if needs_choice(known.bands, names):
         choice = {"how": stem, "from": list(known.bands), "to": list(names)}
         card = dataclasses.replace(card, recipe={**card.recipe, "stem": choice})
@@ -236,7 +245,7 @@ def _foreign_card(path: Path, checkpoint: Checkpoint, config: Config) -> Backbon
     return BackboneCard(
         name=path.stem,
         variant=variant,
-        patch_size=config.patch_size if isinstance(config, VitConfig) else config.stride,
+        patch_size=config.stride if isinstance(config, ConvNextConfig) else config.patch_size,
         normalization=normalization,
         recipe={"dialect": checkpoint.dialect, "normalization": f"{_name_of(normalization)}, {why}"},
         architecture=_architecture(config, variant),
@@ -294,7 +303,7 @@ def with_hf_settings(path: Path, config: Config, *, section: str | None = None) 
         DataError: the file contradicts the tensors, or holds what cannot be read.
     """
     file = path / HF_CONFIG
-    if not file.is_file():
+    if not file.is_file() or isinstance(config, FilterBankConfig):
         return config
     fields = read_json(file)
     if section is not None:
@@ -330,9 +339,12 @@ def _read_card(path: Path) -> BackboneCard:
 
 def _carded_config(card: BackboneCard, found: Config) -> Config:
     """The shape that the card names, with the optional parts that the tensors show."""
-    if card.variant not in VARIANTS:
-        raise UnknownNameError("backbone variant in the card", card.variant, VARIANTS)
-    named = VARIANTS[card.variant]
+    known: dict[str, Config] = {**VARIANTS, **FITTED}
+    if card.variant not in known:
+        raise UnknownNameError("backbone variant in the card", card.variant, known)
+    named = known[card.variant]
+    if isinstance(found, FilterBankConfig) and isinstance(named, FilterBankConfig):
+        return dataclasses.replace(found, patch_size=card.patch_size)
     unknown = card.architecture.keys() - set(_UNSEEN)
     if unknown:
         raise ConfigError(
@@ -346,6 +358,7 @@ def _carded_config(card: BackboneCard, found: Config) -> Config:
                 "num_registers": found.num_registers,
                 "qkv_bias": found.qkv_bias,
                 "local_cls_norm": found.local_cls_norm,
+                "stem_kernels": found.stem_kernels,
             }
     return dataclasses.replace(named, **changes)
 

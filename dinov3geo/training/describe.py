@@ -10,16 +10,23 @@ from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.device import resolve_device
 from dinov3geo.backbones.zoo import BUNDLED
 from dinov3geo.data.indexed import IndexedChips
-from dinov3geo.data.mixture import check_bands, network_bands, open_sources
+from dinov3geo.data.mixture import DataSettings, check_bands, network_bands, open_sources
 from dinov3geo.training.checkpoint import locate_checkpoint
 from dinov3geo.training.continuing import check_out
 from dinov3geo.training.distiller import build_student as build_student_of
 from dinov3geo.training.distiller import load_teacher, student_worlds
 from dinov3geo.training.distributed import World
+from dinov3geo.training.filter_fit import check_weights, empty_bank
 from dinov3geo.training.memory import count_parameters, memory_bytes, size_of, tokens_per_image
 from dinov3geo.training.projection import ProjectionHead
-from dinov3geo.training.settings import DistillSettings, ModelSettings, RunSettings, TrainSettings
-from dinov3geo.training.setup import build_crop_makers, build_student, load_anchor
+from dinov3geo.training.settings import (
+    DistillSettings,
+    FilterSettings,
+    ModelSettings,
+    RunSettings,
+    TrainSettings,
+)
+from dinov3geo.training.setup import build_crop_makers, build_student, load_anchor, run_normalization
 
 
 def describe(
@@ -95,6 +102,20 @@ def describe_distillation(
     return lines
 
 
+def describe_filters(settings: FilterSettings, out: Path, *, overwrite: bool) -> list[tuple[str, str]]:
+    """The same of a filter bank; arguments and errors as in `filter_fit.fit_filters`."""
+    check_weights(out, overwrite=overwrite)
+    with torch.device("meta"):
+        bank = empty_bank(settings, run_normalization(settings))
+    kernels = ", ".join(f"{kernel.count} of {kernel.size} x {kernel.size}" for kernel in settings.kernels)
+    return [
+        ("device", str(resolve_device(settings.device))),
+        *_data_lines(settings.data),
+        ("filters", f"{kernels} pixels: {bank.config.num_responses:,} responses a cell"),
+        ("features", f"{settings.embed_dim}, whitened over {settings.images:,} chips"),
+    ]
+
+
 def _teacher_line(settings: DistillSettings) -> tuple[str, int]:
     """What the students learn from, and the patch size of those that name none."""
     what = "scores of its heads" if settings.targets == "prototypes" else "its features"
@@ -126,13 +147,18 @@ def _beginning(
     if out is not None:
         check_out(out, resume=resume)
     build_crop_makers(settings, patch_size=patch_size)
-    datasets = open_sources(settings.data)
-    check_bands(datasets, settings.data)
-    for source, dataset in zip(settings.data.sources, datasets, strict=True):
+    return [*lines, *_data_lines(settings.data)], per_rank
+
+
+def _data_lines(data: DataSettings) -> list[tuple[str, str]]:
+    """What was found in every source, and the bands."""
+    datasets = open_sources(data)
+    check_bands(datasets, data)
+    lines = []
+    for source, dataset in zip(data.sources, datasets, strict=True):
         noun = dataset.noun if isinstance(dataset, IndexedChips) else "scenes"
         lines.append((f"data {source.path}", f"{len(dataset):,} {noun}"))
-    lines.append(("bands", ", ".join(network_bands(settings.data))))
-    return lines, per_rank
+    return [*lines, ("bands", ", ".join(network_bands(data)))]
 
 
 def _ending(settings: RunSettings) -> list[tuple[str, str]]:

@@ -28,7 +28,12 @@ from dinov3geo.training.observe import Evaluator, Listeners, Progress
 from dinov3geo.training.parallel import prepare_frozen
 from dinov3geo.training.projection import ProjectionHead
 from dinov3geo.training.settings import DistillSettings, StudentSettings
-from dinov3geo.training.setup import build_crop_makers, load_teacher_backbone, run_normalization
+from dinov3geo.training.setup import (
+    build_crop_makers,
+    load_filters,
+    load_teacher_backbone,
+    run_normalization,
+)
 from dinov3geo.training.ssl import Targets
 
 _HEADS = ("dino_head", "ibot_head")
@@ -180,6 +185,8 @@ def build_student(settings: DistillSettings, student: StudentSettings, teacher_p
         patch_size=patch_size,
         drop_path=student.drop_path,
         layer_scale=student.layer_scale,
+        num_registers=student.num_registers,
+        filters=load_filters(student.filters, settings),
     )
     stride = backbone.patch_size
     for crops, _ in settings.crop_choices():

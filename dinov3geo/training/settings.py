@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dinov3geo.data.crops import CropSettings
 from dinov3geo.data.masking import MaskSettings
@@ -26,6 +26,14 @@ class ModelSettings(BaseModel):
     patch_size: int = Field(16, gt=0)
     drop_path: float = Field(0.0, ge=0, lt=1)
     layer_scale: float = Field(1e-5, gt=0, description="initial factor of every residual branch")
+    num_registers: int | None = Field(
+        None, ge=0, description="register tokens of a vision transformer; the variant's own if absent"
+    )
+    filters: Path | None = Field(
+        None,
+        description="weights of `dinov3geo filters` that become the patch embedding of a vision transformer, "
+        "in place of one that is learnt; they know textures from the first step on",
+    )
 
 
 class ScheduleSettings(BaseModel):
@@ -173,10 +181,64 @@ class StudentSettings(BaseModel):
     )
     drop_path: float = Field(0.0, ge=0, lt=1)
     layer_scale: float | None = Field(None, gt=0, description="the variant's own if absent")
+    num_registers: int | None = Field(None, ge=0, description="the variant's own if absent")
+    filters: Path | None = Field(None, description="see `model.filters` of pretraining")
     lr_factor: float = Field(1.0, gt=0, description="of schedules.lr, for this student")
     processes: int | None = Field(
         None, gt=0, description="that train this student alone; absent: all processes train all in turn"
     )
+
+
+class KernelSettings(BaseModel):
+    """Filters of one size."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int = Field(ge=1, description="side in pixels, odd")
+    count: int = Field(gt=0, description="filters; each gives two numbers")
+
+    @field_validator("size")
+    @classmethod
+    def _odd(cls, size: int) -> int:
+        if size % 2 == 0:
+            raise ValueError(f"expected an odd side, got {size}")
+        return size
+
+
+class FilterSettings(BaseModel):
+    """A filter bank: a network whose weights are computed from images, not trained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field("filters", description="stands in the card of the weights")
+    seed: int = Field(0, ge=0, description="of the images, and of the patches that become filters")
+    data: DataSettings = DataSettings()
+    images: int = Field(8000, gt=1, description="chips that the features are whitened over")
+    patches: int = Field(20_000, gt=1, description="patches that filters are whitened over, of each size")
+    kernels: tuple[KernelSettings, ...] = Field(
+        (
+            KernelSettings(size=3, count=128),
+            KernelSettings(size=5, count=256),
+            KernelSettings(size=9, count=256),
+        ),
+        min_length=1,
+    )
+    patch_size: int = Field(8, gt=1, multiple_of=2, description="side of a cell of the feature map, pixels")
+    embed_dim: int = Field(192, gt=0, description="width of the features")
+    ridge: float = Field(
+        0.01, gt=0, description="added to the variances of patches (normalised: about 1) that are divided by"
+    )
+    threshold: float = Field(0.5, ge=0, description="below which a response counts as none")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    threads: int | None = Field(None, gt=0, description="CPU threads")
+    export: ExportSettings = ExportSettings()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        responses = 2 * sum(kernel.count for kernel in self.kernels)
+        if self.embed_dim > responses:
+            raise ValueError(f"embed_dim {self.embed_dim} exceeds the {responses} responses of the kernels")
+        return self
 
 
 class DistillSettings(RunSettings):

@@ -10,6 +10,7 @@ from torch import distributed as dist
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import Normalization
 from dinov3geo.backbones.convnext import ConvNextConfig
+from dinov3geo.backbones.filter_bank import FilterBank
 from dinov3geo.backbones.variants import VARIANTS, build_backbone
 from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.backbones.zoo import check_complete, load_backbone
@@ -19,11 +20,11 @@ from dinov3geo.errors import ConfigError
 from dinov3geo.rasters.sensors import get_sensor
 from dinov3geo.training.checkpoint import is_checkpoint, read_networks, read_state
 from dinov3geo.training.continuing import settings_of
-from dinov3geo.training.settings import RunSettings, TrainSettings
+from dinov3geo.training.settings import FilterSettings, RunSettings, TrainSettings
 from dinov3geo.training.ssl import SelfSupervisedRecipe
 
 
-def run_normalization(settings: RunSettings) -> Normalization:
+def run_normalization(settings: RunSettings | FilterSettings) -> Normalization:
     """Bands and statistics of the network's input, from the sensor table."""
     bands = get_sensor(settings.data.sensor).select(settings.data.bands)
     return Normalization(
@@ -89,7 +90,30 @@ def build_student(settings: TrainSettings) -> Backbone:
         patch_size=model.patch_size,
         drop_path=model.drop_path,
         layer_scale=model.layer_scale,
+        num_registers=model.num_registers,
+        filters=load_filters(model.filters, settings),
     )
+
+
+def load_filters(path: Path | None, settings: RunSettings) -> FilterBank | None:
+    """The bank that becomes a patch embedding, if any.
+
+    Raises:
+        UserError: it cannot be loaded, is none, or was fitted to other bands or statistics than the run's.
+    """
+    if path is None:
+        return None
+    with torch.device("cpu"):  # also where the network is only counted, on the meta device
+        bank = load_backbone(path)
+    if not isinstance(bank, FilterBank) or bank.card is None:
+        raise ConfigError(f"{path} is no filter bank; name the output folder of `dinov3geo filters`")
+    own, run = bank.card.normalization, run_normalization(settings)
+    if own != run:
+        raise ConfigError(
+            f"the filters {path} were fitted to other bands or statistics ({', '.join(own.bands)}) than "
+            f"data.sensor {settings.data.sensor!r} gives ({', '.join(run.bands)}); use one sensor for both"
+        )
+    return bank
 
 
 def build_recipe(settings: TrainSettings, *, group: dist.ProcessGroup | None = None) -> SelfSupervisedRecipe:
