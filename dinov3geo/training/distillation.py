@@ -17,6 +17,7 @@ from dinov3geo.backbones.card import Normalization
 from dinov3geo.backbones.features import Features
 from dinov3geo.backbones.vit import VisionTransformer
 from dinov3geo.data.crops import CropBatch
+from dinov3geo.errors import ConfigError
 from dinov3geo.losses.cosine import cosine_loss
 from dinov3geo.losses.dino import dino_loss
 from dinov3geo.losses.gram import count_pairs, gram_loss, resize_features
@@ -241,6 +242,9 @@ class DistilledStudent(Recipe):
             teacher_dim: width of the teacher's features.
             teacher_patch: side of the teacher's patches in pixels.
             group: processes that share KoLeo.
+
+        Raises:
+            ConfigError: no map between features of different widths.
         """
         losses, width = settings.losses, backbone.embed_dim
         heads: dict[str, nn.Module]
@@ -249,8 +253,15 @@ class DistilledStudent(Recipe):
                 "dino_head": ProjectionHead(width, losses.dino_head),
                 "ibot_head": ProjectionHead(width, losses.ibot_head),
             }
-        else:
+        elif settings.feature_map == "linear":
             heads = {name: nn.Linear(width, teacher_dim) for name in ("dino_head", "ibot_head")}
+        elif width != teacher_dim:
+            raise ConfigError(
+                f"feature_map: none needs students of the teacher's width {teacher_dim}, got {width}; use "
+                "feature_map: linear"
+            )
+        else:
+            heads = {name: nn.Identity() for name in ("dino_head", "ibot_head")}
         if isinstance(backbone, VisionTransformer):
             backbone.mask_token.requires_grad_(False)  # no crop of a student is masked
         super().__init__(backbone, heads)

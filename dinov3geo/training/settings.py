@@ -250,6 +250,12 @@ class DistillSettings(RunSettings):
         description="what the students learn: the scores of the teacher's heads, or its features where "
         "weights came without heads",
     )
+    feature_map: Literal["linear", "none"] = Field(
+        "linear",
+        description="what lies between a student's features and the teacher's: a linear map that is thrown "
+        "away afterwards, or nothing, so that distances between the student's features are the teacher's; "
+        "none needs students of the teacher's width",
+    )
     students: tuple[StudentSettings, ...] = Field(min_length=1)
     gram_weight: Schedule = Field(
         Schedule(peak=0.0), description="holds the similarities of patches to the teacher's"
