@@ -21,7 +21,7 @@ from dinov3geo.backbones.features import Features
 
 STRIDE = 2
 # Responses of a few images at a time stay in the cache of a processor.
-_NUMBERS_AT_ONCE = 1 << 22
+_NUMBERS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,9 @@ class Filters(nn.Module):
         """See the class; the edge is repeated for filters that reach over it."""
         reach = self.weight.shape[-1] // 2
         found = F.conv2d(F.pad(x, (reach,) * 4, mode="replicate"), self.weight, self.bias, stride=STRIDE)
-        halves = (F.relu(found - self.threshold), F.relu(-found - self.threshold))
-        return torch.cat([F.avg_pool2d(half, self.cell) for half in halves], dim=1)
+        above = F.avg_pool2d((found - self.threshold).relu_(), self.cell)
+        below = F.avg_pool2d(found.neg_().sub_(self.threshold).relu_(), self.cell)
+        return torch.cat([above, below], dim=1)
 
 
 class FilterStem(nn.Module):
@@ -112,6 +113,7 @@ def respond(groups: nn.ModuleList, images: Tensor) -> Tensor:
     """Averages over the cells of groups of `Filters`. [B, C, H, W] -> [B, F, h, w], not negative."""
     widest = max(len(group.weight) for group in groups)  # type: ignore[arg-type]
     area = images.shape[2] * images.shape[3] // STRIDE**2
+    images = images.contiguous(memory_format=torch.channels_last)
     parts = images.split(max(_NUMBERS_AT_ONCE // (widest * area), 1))
     return torch.cat([torch.cat([group(part) for group in groups], dim=1) for part in parts])
 
@@ -160,6 +162,7 @@ class FilterBank(Backbone):
         """Bands of an input image."""
         return self.config.in_channels
 
+    @torch.no_grad()
     def responses(self, images: Tensor) -> Tensor:
         """Averages over the cells, before any whitening. [B, C, H, W] -> [B, F, h, w], not negative."""
         return respond(self.filters, self._fit(images))

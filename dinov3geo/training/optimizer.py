@@ -102,9 +102,15 @@ def set_rates(
 
 
 def clip_per_module(modules: Iterable[tuple[str, nn.Module]], max_norm: float | None) -> dict[str, Tensor]:
-    """Clips each module's gradient to its own norm; returns the norms before clipping, on the device."""
+    """Clips each module's gradient to its own norm; returns the norms before clipping, on the device.
+
+    Modules without parameters have none.
+    """
     limit = float("inf") if max_norm is None else max_norm
-    return {name: whole(nn.utils.clip_grad_norm_(module.parameters(), limit)) for name, module in modules}
+    learning = ((name, list(module.parameters())) for name, module in modules)
+    return {
+        name: whole(nn.utils.clip_grad_norm_(parameters, limit)) for name, parameters in learning if parameters
+    }
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

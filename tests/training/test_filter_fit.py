@@ -268,6 +268,29 @@ def test_a_bank_teaches_a_transformer_that_has_its_filters(pictures, bank_folder
     assert load_backbone(tmp_path / "run/vit").patch_size == 8
 
 
+def test_without_a_map_a_student_becomes_the_teacher(pictures, bank_folder, tmp_path) -> None:
+    values = run_settings(pictures) | {
+        "teacher": bank_folder,
+        "targets": "features",
+        "feature_map": "none",
+        "students": [{"name": "vit", "variant": "vit_micro", "filters": bank_folder}],
+        "losses": {"koleo_weight": 0.0},
+    }
+    with pytest.raises(ConfigError, match="teacher's width 24, got 96"):
+        distill(load_model(DistillSettings, None, values=values), out=tmp_path / "run")
+    bank_of_96 = tmp_path / "bank"
+    kernels = [{"size": 5, "count": 60}]
+    fit_filters(settings_of(pictures, embed_dim=96, kernels=kernels, images=600, patches=4000), bank_of_96)
+    student = {"name": "vit", "variant": "vit_micro", "filters": bank_of_96, "layer_scale": 0.1}
+    values |= {"teacher": bank_of_96, "students": [student], "steps": 3, "log_every": 1}
+    distill(load_model(DistillSettings, None, values=values), out=tmp_path / "run")
+    numbers = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    # The filters' own cells are right from the first step on; the class token has to learn.
+    assert numbers[0]["vit/patches"] < 0.1 < numbers[0]["vit/cls_global"]
+    assert not any("head" in name for name in numbers[0])
+    assert load_backbone(tmp_path / "run/vit").embed_dim == 96
+
+
 def test_filters_of_other_statistics_are_refused(pictures, bank_folder, tmp_path) -> None:
     values = run_settings(pictures) | {
         "model": {"variant": "vit_micro", "patch_size": 8, "filters": bank_folder}
