@@ -111,6 +111,10 @@ class FilterStem(nn.Module):
 
 def respond(groups: nn.ModuleList, images: Tensor) -> Tensor:
     """Averages over the cells of groups of `Filters`. [B, C, H, W] -> [B, F, h, w], not negative."""
+    if (
+        torch.compiler.is_compiling() or torch.jit.is_tracing()
+    ):  # a file must not depend on the example's size
+        return torch.cat([group(images) for group in groups], dim=1)
     widest = max(len(group.weight) for group in groups)  # type: ignore[arg-type]
     area = images.shape[2] * images.shape[3] // STRIDE**2
     images = images.contiguous(memory_format=torch.channels_last)
@@ -123,7 +127,8 @@ class FilterBank(Backbone):
 
     A cell is described by the square roots of its responses; the image by the roots of their means, and the
     means of the cells' roots, which differ the more the less evenly a texture is spread. Both are whitened
-    over the images that the bank was fitted on. `training.filter_fit` finds filters and whitening.
+    over the images that the bank was fitted on and brought to one length. `training.filter_fit` finds filters
+    and whitening.
     """
 
     def __init__(self, config: FilterBankConfig) -> None:
@@ -175,10 +180,14 @@ class FilterBank(Backbone):
     def forward(self, images: Tensor) -> Features:
         """Features of cells and image; see `Backbone.forward`."""
         found = self.responses(images)
-        cls = self.whole(self.describe(found))
-        patches = self.cells(found.sqrt().flatten(2).transpose(1, 2))
-        registers = patches.new_empty(len(cls), 0, self.embed_dim)
+        cls = self._norm(self.whole(self.describe(found)))
+        patches = self._norm(self.cells(found.sqrt().flatten(2).transpose(1, 2)))
+        registers = patches.new_empty(patches.shape[0], 0, self.embed_dim)
         return Features(cls, registers, patches, (found.shape[2], found.shape[3]))
+
+    def _norm(self, vectors: Tensor) -> Tensor:
+        """[..., D] of length sqrt(D): white vectors have hubs, to which everything is near."""
+        return F.normalize(vectors, dim=-1, eps=1e-6) * self.embed_dim**0.5
 
     def intermediate(self, images: Tensor, blocks: Sequence[int]) -> list[Features]:
         """The same as `forward`; see `Backbone.intermediate`."""

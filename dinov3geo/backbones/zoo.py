@@ -41,7 +41,8 @@ from dinov3geo.errors import ConfigError, DataError, UnknownNameError
 _WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 BUNDLED: dict[str, Path] = {
     "vit-tiny-aerial": _WEIGHTS_FOLDER / "vit_tiny_aerial.safetensors",
-    "vit-tiny-satellite": _WEIGHTS_FOLDER / "vit_tiny_satellite.safetensors",
+    "vit-mini-satellite": _WEIGHTS_FOLDER / "vit_mini_satellite.safetensors",
+    "filters-satellite": _WEIGHTS_FOLDER / "filters_satellite.safetensors",
 }
 DEFAULT_BACKBONE = "vit-tiny-aerial"
 RUN_EXPORT = "backbone.safetensors"

@@ -107,10 +107,8 @@ def clip_per_module(modules: Iterable[tuple[str, nn.Module]], max_norm: float | 
     Modules without parameters have none.
     """
     limit = float("inf") if max_norm is None else max_norm
-    learning = ((name, list(module.parameters())) for name, module in modules)
-    return {
-        name: whole(nn.utils.clip_grad_norm_(parameters, limit)) for name, parameters in learning if parameters
-    }
+    parts = ((name, list(module.parameters())) for name, module in modules)
+    return {name: whole(nn.utils.clip_grad_norm_(part, limit)) for name, part in parts if part}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dinov3geo.backbones.export import FORMATS, export_backbone
 from dinov3geo.backbones.filter_bank import STRIDE, FilterBank, FilterBankConfig
 from dinov3geo.backbones.inference import for_inference
 from dinov3geo.backbones.variants import build_backbone
@@ -83,8 +84,14 @@ def read_all(pictures: Path) -> torch.Tensor:
 
 def test_features_of_the_fitted_images_are_white(bank, pictures) -> None:
     images = bank.card.normalization(read_all(pictures))
+    found = bank.responses(images)
+    whole = bank.whole(bank.describe(found))
+    cells = bank.cells(found.sqrt().permute(0, 2, 3, 1).flatten(0, 2))
     features = bank(images)
-    for vectors in (features.cls, features.patches.flatten(0, 1)):
+    lengths = torch.cat([features.cls, features.patches.flatten(0, 1)]).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 24**0.5))
+    torch.testing.assert_close(F.cosine_similarity(features.cls, whole), torch.ones(60))
+    for vectors in (whole, cells):
         # 300 draws of 60 pictures, so the pictures weigh alike.
         torch.testing.assert_close(vectors.mean(0), torch.zeros(24), rtol=0, atol=1e-3)
         covariance = torch.cov(vectors.T, correction=0)
@@ -197,9 +204,21 @@ def test_a_transformer_begins_with_the_whitened_cells(bank) -> None:
     assert isinstance(network, VisionTransformer)
     image = torch.randn(2, 3, 40, 48)
     tokens = network.patch_embed(image).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(tokens[..., :24], bank(image).patches, rtol=1e-4, atol=1e-4)
+    similar = F.cosine_similarity(tokens[..., :24], bank(image).patches, dim=-1)
+    torch.testing.assert_close(similar, torch.ones(2, 30), rtol=1e-4, atol=1e-4)
     fast = for_inference(network)
     torch.testing.assert_close(fast(image).patches, network(image).patches, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("file_format", ["exported-program", "torchscript"])
+def test_networks_with_filters_are_exported(bank, tmp_path, file_format) -> None:
+    network = build_backbone("vit_micro", patch_size=8, filters=bank).eval()
+    for number, backbone in enumerate((bank, network)):
+        output = tmp_path / f"{number}{FORMATS[file_format]}"
+        report = export_backbone(
+            backbone, output, file_format, size_hw=(48, 40), dynamic=file_format != "torchscript"
+        )
+        assert output.is_file() and max(report.differences.values()) < 1e-3
 
 
 def test_only_the_map_of_the_filters_learns(bank) -> None:
