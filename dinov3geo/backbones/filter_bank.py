@@ -9,6 +9,7 @@ Source: Coates and Ng 2012 (patches as filters, whitening); Rolf et al. 2021, do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,9 +112,8 @@ class FilterStem(nn.Module):
 
 def respond(groups: nn.ModuleList, images: Tensor) -> Tensor:
     """Averages over the cells of groups of `Filters`. [B, C, H, W] -> [B, F, h, w], not negative."""
-    if (
-        torch.compiler.is_compiling() or torch.jit.is_tracing()
-    ):  # a file must not depend on the example's size
+    exported = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if exported:  # the file must not depend on the size of the example
         return torch.cat([group(images) for group in groups], dim=1)
     widest = max(len(group.weight) for group in groups)  # type: ignore[arg-type]
     area = images.shape[2] * images.shape[3] // STRIDE**2
@@ -187,7 +187,7 @@ class FilterBank(Backbone):
 
     def _norm(self, vectors: Tensor) -> Tensor:
         """[..., D] of length sqrt(D): white vectors have hubs, to which everything is near."""
-        return F.normalize(vectors, dim=-1, eps=1e-6) * self.embed_dim**0.5
+        return F.normalize(vectors, dim=-1, eps=1e-6) * math.sqrt(self.embed_dim)
 
     def intermediate(self, images: Tensor, blocks: Sequence[int]) -> list[Features]:
         """The same as `forward`; see `Backbone.intermediate`."""

@@ -20,6 +20,7 @@ from dinov3geo.backbones.zoo import RUN_EXPORT, save_backbone
 from dinov3geo.data.mixture import check_bands, chip_loader, open_sources
 from dinov3geo.errors import ConfigError, DataError, RasterError
 from dinov3geo.training.journal import commit
+from dinov3geo.training.loop import round_outwards
 from dinov3geo.training.settings import FilterSettings
 from dinov3geo.training.setup import run_normalization
 
@@ -252,14 +253,13 @@ class _Moments:
 
 def _card(settings: FilterSettings, chips: _Chips) -> BackboneCard:
     sizes = [size for size in (dataset.gsd_range_m for dataset in chips.datasets) if size is not None]
-    found = (min(low for low, _ in sizes), max(high for _, high in sizes)) if sizes else None
     export = settings.export
     return BackboneCard(
         name=settings.name,
         variant=VARIANT,
         patch_size=settings.patch_size,
         normalization=chips.normalization,
-        gsd_m=export.gsd_m or found,
+        gsd_m=export.gsd_m or round_outwards(sizes),
         trained_on=export.trained_on or tuple(source.path for source in settings.data.sources),
         licence=export.licence,
         notes=export.notes,

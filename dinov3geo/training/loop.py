@@ -129,7 +129,7 @@ class Loop(ABC):
             variant=variant,
             patch_size=patch_size,
             normalization=self.normalization,
-            gsd_m=export.gsd_m or _round_outwards(sizes),
+            gsd_m=export.gsd_m or round_outwards(sizes),
             trained_on=export.trained_on or tuple(source.path for source in self.settings.data.sources),
             licence=export.licence,
             notes=export.notes,
@@ -402,7 +402,7 @@ def _under(name: str, key: str) -> str:
     return f"{name}/{key}" if name else key
 
 
-def _round_outwards(ranges: list[tuple[float, float]]) -> tuple[float, float] | None:
+def round_outwards(ranges: list[tuple[float, float]]) -> tuple[float, float] | None:
     """Range over all sources; pixel sizes carry rounding noise in their ninth digit."""
     if not ranges:
         return None
