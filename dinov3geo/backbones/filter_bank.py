@@ -127,8 +127,8 @@ class FilterBank(Backbone):
 
     A cell is described by the square roots of its responses; the image by the roots of their means, and the
     means of the cells' roots, which differ the more the less evenly a texture is spread. Both are whitened
-    over the images that the bank was fitted on and brought to one length. `training.filter_fit` finds filters
-    and whitening.
+    over the images that the bank was fitted on, and CLS is brought to the length sqrt(D); that of a cell tells
+    how unusual it is. `training.filter_fit` finds filters and whitening.
     """
 
     def __init__(self, config: FilterBankConfig) -> None:
@@ -180,14 +180,11 @@ class FilterBank(Backbone):
     def forward(self, images: Tensor) -> Features:
         """Features of cells and image; see `Backbone.forward`."""
         found = self.responses(images)
-        cls = self._norm(self.whole(self.describe(found)))
-        patches = self._norm(self.cells(found.sqrt().flatten(2).transpose(1, 2)))
+        # White vectors have hubs, to which everything is near: what neighbours are sought by has one length.
+        cls = F.normalize(self.whole(self.describe(found)), dim=-1, eps=1e-6) * math.sqrt(self.embed_dim)
+        patches = self.cells(found.sqrt().flatten(2).transpose(1, 2))
         registers = patches.new_empty(patches.shape[0], 0, self.embed_dim)
         return Features(cls, registers, patches, (found.shape[2], found.shape[3]))
-
-    def _norm(self, vectors: Tensor) -> Tensor:
-        """[..., D] of length sqrt(D): white vectors have hubs, to which everything is near."""
-        return F.normalize(vectors, dim=-1, eps=1e-6) * math.sqrt(self.embed_dim)
 
     def intermediate(self, images: Tensor, blocks: Sequence[int]) -> list[Features]:
         """The same as `forward`; see `Backbone.intermediate`."""

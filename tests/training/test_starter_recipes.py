@@ -20,14 +20,17 @@ def losses_of(folder):
 
 
 @pytest.mark.slow
-def test_five_steps_of_the_aerial_weights(data_root, project_root, tmp_path):
-    config = project_root / "configs" / "pretrain" / "vit_tiny_aerial.yaml"
+@pytest.mark.parametrize(
+    ("name", "gsd"), [("vit-tiny-aerial", (0.1, 0.2)), ("vit-tiny-satellite", (10.0, 10.0))]
+)
+def test_five_steps_from_the_data_folder(data_root, project_root, tmp_path, name, gsd):
+    config = project_root / "configs" / "pretrain" / f"{name.replace('-', '_')}.yaml"
     data = ["--set", f"data.root={data_root}"]
     assert main(["pretrain", str(config), "--out", str(tmp_path), *data, *SHORT]) == 0
     losses = losses_of(tmp_path)
     assert len(losses) == 5 and np.isfinite(losses).all()
     card = load_backbone(tmp_path).card
-    assert card is not None and (card.name, card.gsd_m) == ("vit-tiny-aerial", (0.1, 0.2))
+    assert card is not None and (card.name, card.gsd_m) == (name, gsd)
 
 
 @pytest.mark.slow
@@ -44,7 +47,7 @@ def test_five_steps_of_the_satellite_weights(data_root, project_root, tmp_path, 
 
 
 @pytest.mark.slow
-def test_the_filters_are_what_their_recipe_gives(data_root, project_root, tmp_path):
+def test_the_satellite_filters_are_what_their_recipe_gives(data_root, project_root, tmp_path):
     config = project_root / "configs" / "filters" / "satellite.yaml"
     assert main(["filters", str(config), "--out", str(tmp_path), "--set", f"data.root={data_root}"]) == 0
     images = class_folders(data_root / "eurosat")
