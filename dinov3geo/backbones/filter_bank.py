@@ -53,7 +53,13 @@ class Filters(nn.Module):
     threshold: Tensor
 
     def __init__(self, in_channels: int, side: int, count: int, patch_size: int) -> None:
-        """Makes room for filters [n, C, k, k] and biases [n]."""
+        """Makes room for filters [n, C, k, k] and biases [n].
+
+        Raises:
+            ValueError: a filter of even side, or a cell that the stride does not divide.
+        """
+        if side % 2 == 0 or patch_size % STRIDE:
+            raise ValueError(f"filters have odd sides and cells an even one, got {side} and {patch_size}")
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(count, in_channels, side, side))
         self.bias = nn.Parameter(torch.zeros(count))
@@ -63,9 +69,12 @@ class Filters(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class; the edge is repeated for filters that reach over it."""
         reach = self.weight.shape[-1] // 2
-        found = F.conv2d(F.pad(x, (reach,) * 4, mode="replicate"), self.weight, self.bias, stride=STRIDE)
-        above = F.avg_pool2d((found - self.threshold).relu_(), self.cell)
-        below = F.avg_pool2d(found.neg_().sub_(self.threshold).relu_(), self.cell)
+        # Whitening magnifies what bfloat16 would round away.
+        with torch.autocast(x.device.type, enabled=False):
+            padded = F.pad(x.float(), (reach,) * 4, mode="replicate")
+            found = F.conv2d(padded, self.weight, self.bias, stride=STRIDE)
+            above = F.avg_pool2d((found - self.threshold).relu_(), self.cell)
+            below = F.avg_pool2d(found.neg_().sub_(self.threshold).relu_(), self.cell)
         return torch.cat([above, below], dim=1)
 
 
@@ -110,10 +119,16 @@ class FilterStem(nn.Module):
         return output.permute(0, 3, 1, 2)
 
 
+def has_filters(module: nn.Module) -> bool:
+    """Whether a network begins with filters, which need float32."""
+    return any(isinstance(each, Filters) for each in module.modules())
+
+
 def respond(groups: nn.ModuleList, images: Tensor) -> Tensor:
     """Averages over the cells of groups of `Filters`. [B, C, H, W] -> [B, F, h, w], not negative."""
+    # A GPU needs no parts, and an exported file must not depend on the size of the example.
     exported = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    if exported:  # the file must not depend on the size of the example
+    if exported or images.device.type != "cpu":
         return torch.cat([group(images) for group in groups], dim=1)
     widest = max(len(group.weight) for group in groups)  # type: ignore[arg-type]
     area = images.shape[2] * images.shape[3] // STRIDE**2
@@ -127,19 +142,13 @@ class FilterBank(Backbone):
 
     A cell is described by the square roots of its responses; the image by the roots of their means, and the
     means of the cells' roots, which differ the more the less evenly a texture is spread. Both are whitened
-    over the images that the bank was fitted on, and CLS is brought to the length sqrt(D); that of a cell tells
-    how unusual it is. `training.filter_fit` finds filters and whitening.
+    over the images that the bank was fitted on. CLS is brought to the length sqrt(D), a cell keeps its own:
+    it tells how unusual the cell is. `training.filter_fit` finds filters and whitening.
     """
 
     def __init__(self, config: FilterBankConfig) -> None:
-        """Makes room for the numbers.
-
-        Raises:
-            ValueError: a filter of even side, or a cell that the stride does not divide.
-        """
+        """Makes room for the numbers; errors as in `Filters`."""
         super().__init__()
-        if any(side % 2 == 0 for side, _ in config.kernels) or config.patch_size % STRIDE:
-            raise ValueError("filters have odd sides, and cells an even one")
         self.config = config
         self.filters = nn.ModuleList(
             Filters(config.in_channels, side, count, config.patch_size) for side, count in config.kernels
@@ -180,9 +189,11 @@ class FilterBank(Backbone):
     def forward(self, images: Tensor) -> Features:
         """Features of cells and image; see `Backbone.forward`."""
         found = self.responses(images)
+        with torch.autocast(found.device.type, enabled=False):
+            cls = self.whole(self.describe(found))
+            patches = self.cells(found.sqrt().flatten(2).transpose(1, 2))
         # White vectors have hubs, to which everything is near: what neighbours are sought by has one length.
-        cls = F.normalize(self.whole(self.describe(found)), dim=-1, eps=1e-6) * math.sqrt(self.embed_dim)
-        patches = self.cells(found.sqrt().flatten(2).transpose(1, 2))
+        cls = F.normalize(cls, dim=-1, eps=1e-6) * math.sqrt(self.embed_dim)
         registers = patches.new_empty(patches.shape[0], 0, self.embed_dim)
         return Features(cls, registers, patches, (found.shape[2], found.shape[3]))
 

@@ -20,6 +20,7 @@ from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import BackboneCard
 from dinov3geo.backbones.convnext import ConvNext, ConvNextBlock
 from dinov3geo.backbones.features import Features
+from dinov3geo.backbones.filter_bank import has_filters
 from dinov3geo.backbones.rope import rotate
 from dinov3geo.backbones.vit import Block, SwiGlu, VisionTransformer
 
@@ -37,14 +38,15 @@ def for_inference(
 
     Args:
         backbone: stays as it is; on the device to compute on. A view is returned as it is.
-        dtype: to compute in; None for that of the weights.
+        dtype: to compute in; None for that of the weights. Networks with filters compute in float32.
         compiled: let torch.compile fuse what lies within each block instead. The first images of every size
             then take many seconds.
     """
     if isinstance(backbone, InferenceView):
         return backbone
     first = next(backbone.parameters())
-    dtype = dtype or first.dtype
+    # Filters magnify what bfloat16 rounds away, and are no large part of the work.
+    dtype = torch.float32 if has_filters(backbone) else dtype or first.dtype
     inner: Backbone | None = None
     if first.device.type == "cpu" and not compiled and can_pack(dtype):
         if isinstance(backbone, VisionTransformer):

@@ -16,7 +16,7 @@ from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import NORMALIZATIONS, RGB, BackboneCard, Normalization, SensorLike
 from dinov3geo.backbones.convert import Checkpoint, to_ours
 from dinov3geo.backbones.convnext import ConvNext, ConvNextConfig
-from dinov3geo.backbones.filter_bank import FilterBankConfig
+from dinov3geo.backbones.filter_bank import STRIDE, FilterBankConfig
 from dinov3geo.backbones.hub import PREFIX, is_hub_name, locate_repository
 from dinov3geo.backbones.stems import adapt_stem, needs_choice
 from dinov3geo.backbones.store import (
@@ -47,9 +47,9 @@ BUNDLED: dict[str, Path] = {
 DEFAULT_BACKBONE = "vit-tiny-aerial"
 RUN_EXPORT = "backbone.safetensors"
 
-# What a card must say, because the tensors do not.
 # Tensors [D, C, k, k] that see the bands.
 _FIRST_KERNELS = re.compile(r"patch_embed\.weight|stem\.conv\.weight|(patch_embed\.)?filters\.\d+\.weight")
+# What a card must say, because the tensors do not.
 _UNSEEN = ("norm_eps", "rope_base", "rope_rescale", "rope_rounded_periods", "rope_shift", "rope_jitter")
 
 
@@ -340,6 +340,13 @@ def _read_card(path: Path) -> BackboneCard:
 
 def _carded_config(card: BackboneCard, found: Config) -> Config:
     """The shape that the card names, with the optional parts that the tensors show."""
+    kernels = {FilterBankConfig: "kernels", VitConfig: "stem_kernels"}.get(type(found), "")
+    sides = [side for side, _ in getattr(found, kernels, ())]
+    if sides and (card.patch_size % STRIDE or not all(side % 2 for side in sides)):
+        raise DataError(
+            f"{card.name} has filters of {sides} pixels and a patch of {card.patch_size}; filters have odd "
+            "sides, patches an even one"
+        )
     known: dict[str, Config] = {**VARIANTS, **FITTED}
     if card.variant not in known:
         raise UnknownNameError("backbone variant in the card", card.variant, known)

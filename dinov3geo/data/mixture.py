@@ -96,7 +96,7 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     root: Path = Field(Path("."), description="folder that the sources' paths are relative to")
-    sources: tuple[SourceSettings, ...] = (SourceSettings(),)
+    sources: tuple[SourceSettings, ...] = Field((SourceSettings(),), min_length=1)
     sensor: str = Field("aerial_rgb", description="bands, scale and statistics of the network's input")
     bands: tuple[str, ...] | None = Field(None, description="band names; all bands of the sensor if absent")
     chip_size: int = Field(256, gt=0, description="side of the square read from a scene, in pixels")

@@ -13,6 +13,7 @@ from dinov3geo.data.indexed import IndexedChips
 from dinov3geo.data.mixture import DataSettings, check_bands, network_bands, open_sources
 from dinov3geo.training.checkpoint import locate_checkpoint
 from dinov3geo.training.continuing import check_out
+from dinov3geo.training.distillation import check_width
 from dinov3geo.training.distiller import build_student as build_student_of
 from dinov3geo.training.distiller import load_teacher, student_worlds
 from dinov3geo.training.distributed import World
@@ -70,7 +71,7 @@ def describe_distillation(
     settings: DistillSettings, out: Path | None = None, *, resume: bool = False, ranks: int = 1
 ) -> list[tuple[str, str]]:
     """The same of a distillation; arguments and errors as in `describe`."""
-    teacher, patch_size = _teacher_line(settings)
+    teacher, patch_size, width = _teacher_line(settings)
     lines, per_rank = _beginning(settings, out, resume=resume, ranks=ranks, patch_size=patch_size)
     counts = [student.processes for student in settings.students]
     if counts[0] is not None:
@@ -79,6 +80,8 @@ def describe_distillation(
     for student in settings.students:
         with torch.device("meta"):
             backbone = build_student_of(settings, student, patch_size)
+        if width is not None:
+            check_width(settings, backbone.embed_dim, width)
         own = World(0, student.processes or ranks).images_per_process(
             settings.batch_size, settings.accumulate
         )
@@ -116,15 +119,16 @@ def describe_filters(settings: FilterSettings, out: Path, *, overwrite: bool) ->
     ]
 
 
-def _teacher_line(settings: DistillSettings) -> tuple[str, int]:
-    """What the students learn from, and the patch size of those that name none."""
+def _teacher_line(settings: DistillSettings) -> tuple[str, int, int | None]:
+    """What the students learn from, the patch size of those that name none, and its width if it is there."""
     what = "scores of its heads" if settings.targets == "prototypes" else "its features"
     path = settings.teacher
     if str(path) not in BUNDLED and not str(path).startswith("hub:") and not path.exists():
-        return f"{path} IS MISSING; students learn {what}", ModelSettings().patch_size
+        return f"{path} IS MISSING; students learn {what}", ModelSettings().patch_size, None
     teacher = load_teacher(settings)
     size = size_of(teacher) / 1e6
-    return f"{path}: {size:,.1f} M parameters; students learn {what}", teacher.backbone.patch_size
+    line = f"{path}: {size:,.1f} M parameters; students learn {what}"
+    return line, teacher.backbone.patch_size, teacher.backbone.embed_dim
 
 
 def _student_bytes(settings: DistillSettings, backbone: Backbone, ranks: int) -> int:

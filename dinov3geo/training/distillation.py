@@ -253,15 +253,12 @@ class DistilledStudent(Recipe):
                 "dino_head": ProjectionHead(width, losses.dino_head),
                 "ibot_head": ProjectionHead(width, losses.ibot_head),
             }
-        elif settings.feature_map == "linear":
-            heads = {name: nn.Linear(width, teacher_dim) for name in ("dino_head", "ibot_head")}
-        elif width != teacher_dim:
-            raise ConfigError(
-                f"feature_map: none needs students of the teacher's width {teacher_dim}, got {width}; use "
-                "feature_map: linear"
-            )
         else:
-            heads = {name: nn.Identity() for name in ("dino_head", "ibot_head")}
+            check_width(settings, width, teacher_dim)
+            heads = {
+                name: nn.Linear(width, teacher_dim) if settings.feature_map == "linear" else nn.Identity()
+                for name in ("dino_head", "ibot_head")
+            }
         if isinstance(backbone, VisionTransformer):
             backbone.mask_token.requires_grad_(False)  # no crop of a student is masked
         super().__init__(backbone, heads)
@@ -287,6 +284,19 @@ class DistilledStudent(Recipe):
             "koleo": losses.koleo_weight,
             "gram": self.settings.gram_weight.at(step, total_steps),
         }
+
+
+def check_width(settings: DistillSettings, width: int, teacher_dim: int) -> None:
+    """Makes sure that features can be compared.
+
+    Raises:
+        ConfigError: there is no map between features of different widths.
+    """
+    if settings.feature_map == "none" and width != teacher_dim:
+        raise ConfigError(
+            f"feature_map: none needs students of the teacher's width {teacher_dim}, got {width}; use "
+            "feature_map: linear"
+        )
 
 
 def asked_patches(settings: DistillSettings, batch: CropBatch) -> Tensor:

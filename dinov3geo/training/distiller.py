@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.card import BackboneCard, Normalization
+from dinov3geo.backbones.filter_bank import has_filters
 from dinov3geo.backbones.variants import VARIANTS, build_backbone
 from dinov3geo.backbones.vit import VitConfig
 from dinov3geo.backbones.zoo import load_backbone
@@ -30,6 +31,7 @@ from dinov3geo.training.projection import ProjectionHead
 from dinov3geo.training.settings import DistillSettings, StudentSettings
 from dinov3geo.training.setup import (
     build_crop_makers,
+    check_filter_precision,
     load_filters,
     load_teacher_backbone,
     run_normalization,
@@ -281,6 +283,8 @@ def load_teacher(settings: DistillSettings) -> FrozenTeacher:
         if settings.targets == "prototypes":
             heads = _teacher_heads(checkpoint, settings, backbone.embed_dim)
     _check_bands(path, own, run)
+    if has_filters(backbone):
+        check_filter_precision(settings)
     return FrozenTeacher(backbone, heads, own=own, run=run)
 
 

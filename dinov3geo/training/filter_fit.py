@@ -40,7 +40,7 @@ class FilterResult:
 
     Attributes:
         weights: file of the weights.
-        images: chips that were looked at.
+        images: chips that the whitening is of.
         explained: share of the variance of the image's responses in the features, after every response was
             brought to unit variance.
     """
@@ -89,7 +89,7 @@ def fit_filters(
         moments = _Moments(bank.whole.in_features), _Moments(bank.cells.in_features)
         for images in chips.read(settings.images, lambda done: tell(for_patches + done)):
             found = bank.responses(images)
-            moments[0].add(bank.describe(found))
+            moments[0].add(bank.describe(found).double())
             moments[1].add(found.sqrt().flatten(2).transpose(1, 2).flatten(0, 1))
         explained = moments[0].whiten(bank.whole)
         moments[1].whiten(bank.cells)
@@ -178,11 +178,11 @@ def _choose_filters(bank: FilterBank, settings: FilterSettings, batches: Iterato
         for number, kernel in enumerate(settings.kernels):
             drawn[number].append(_draw_patches(images, kernel.size, per_chip, generator))
     for group, kernel, parts in zip(bank.filters, settings.kernels, drawn, strict=True):
-        patches = torch.cat(parts).double()
+        patches = torch.cat(parts).cpu().double()
         mean = patches.mean(0)
         variance, axes = torch.linalg.eigh(torch.cov(patches.T))
         whitening = (axes * (variance.clamp_min(0) + settings.ridge).rsqrt()) @ axes.T
-        order = torch.randperm(len(patches), generator=generator)[: kernel.count].to(patches.device)
+        order = torch.randperm(len(patches), generator=generator)[: kernel.count]
         if len(order) < kernel.count:
             raise DataError(f"{kernel.count} filters need as many patches, got {len(order)}; raise patches")
         chosen = torch.nn.functional.normalize((patches[order] - mean) @ whitening, dim=1)
@@ -215,10 +215,14 @@ class _Moments:
         self.products = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, vectors: Tensor) -> None:
-        """Adds [N, F]; products are summed in float32 within a part."""
+        """Adds [N, F]; products are summed in the vectors' own precision within a part.
+
+        The many cells take half the time in float32; the few images, in float64, tell rounding from variance.
+        """
+        vectors = vectors.cpu()
         self.count += len(vectors)
-        self.total += vectors.double().sum(0).cpu()
-        self.products += (vectors.T @ vectors).double().cpu()
+        self.total += vectors.double().sum(0)
+        self.products += (vectors.T @ vectors).double()
 
     def whiten(self, linear: torch.nn.Linear) -> float:
         """Makes a layer of the principal components of what was added, each of unit variance.
@@ -240,7 +244,12 @@ class _Moments:
         width = linear.out_features
         variance, axes = variance.flip(0), axes.flip(1)
         if not bool(variance[width - 1] > _SMALLEST_SHARE * variance[0]):
-            there = int((variance > _SMALLEST_SHARE * variance[0]).sum())
+            there = int((variance > _SMALLEST_SHARE * variance[0].clamp_min(1e-300)).sum())
+            if there == 0:
+                raise DataError(
+                    "no filter answers differently from image to image: they are all alike, or threshold is "
+                    "too high"
+                )
             raise DataError(
                 f"the images differ in {there} directions, {width} are wanted: lower embed_dim to {there}, "
                 "or give more or other images"

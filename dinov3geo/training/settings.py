@@ -109,7 +109,7 @@ class RunSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field("pretrain", description="stands in the card of the weights")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     steps: int = Field(gt=0)
     batch_size: int = Field(64, gt=1, description="images per step, over all processes")
     accumulate: int = Field(
@@ -211,7 +211,7 @@ class FilterSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field("filters", description="stands in the card of the weights")
-    seed: int = Field(0, ge=0, description="of the images, and of the patches that become filters")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the images, and of the patches that become filters")
     data: DataSettings = DataSettings()
     images: int = Field(8000, gt=1, description="chips that the features are whitened over")
     patches: int = Field(20_000, gt=1, description="patches that filters are whitened over, of each size")
@@ -238,6 +238,14 @@ class FilterSettings(BaseModel):
         responses = 2 * sum(kernel.count for kernel in self.kernels)
         if self.embed_dim > responses:
             raise ValueError(f"embed_dim {self.embed_dim} exceeds the {responses} responses of the kernels")
+        if self.embed_dim >= self.images:
+            raise ValueError(
+                f"{self.images} images differ in fewer than embed_dim {self.embed_dim} directions"
+            )
+        if self.export.dtype == "bfloat16":
+            raise ValueError(
+                "filters lose their whitening in bfloat16; use float16 or float32 in export.dtype"
+            )
         return self
 
 
@@ -266,6 +274,8 @@ class DistillSettings(RunSettings):
         names = [student.name for student in self.students]
         if len(set(names)) < len(names):
             raise ValueError(f"every student needs a name of its own, got {', '.join(names)}")
+        if self.feature_map == "none" and self.targets == "prototypes":
+            raise ValueError("feature_map: none is for targets: features; prototypes have heads of their own")
         counted = [student.processes is not None for student in self.students]
         if any(counted) and not all(counted):
             raise ValueError("give students.processes for every student, or for none")

@@ -103,6 +103,7 @@ def load_filters(path: Path | None, settings: RunSettings) -> FilterBank | None:
     """
     if path is None:
         return None
+    check_filter_precision(settings)
     with torch.device("cpu"):  # also where the network is only counted, on the meta device
         bank = load_backbone(path)
     if not isinstance(bank, FilterBank) or bank.card is None:
@@ -114,6 +115,19 @@ def load_filters(path: Path | None, settings: RunSettings) -> FilterBank | None:
             f"data.sensor {settings.data.sensor!r} gives ({', '.join(run.bands)}); use one sensor for both"
         )
     return bank
+
+
+def check_filter_precision(settings: RunSettings) -> None:
+    """Filters stay in float32, which sharded weights in bfloat16 do not.
+
+    Raises:
+        ConfigError: such a run.
+    """
+    if settings.precision == "bfloat16" and settings.parallel.layout == "shard":
+        raise ConfigError(
+            "filters need float32, which parallel.layout: shard with precision: bfloat16 does not keep; use "
+            "precision: float32 or another layout"
+        )
 
 
 def build_recipe(settings: TrainSettings, *, group: dist.ProcessGroup | None = None) -> SelfSupervisedRecipe:

@@ -1,6 +1,7 @@
 """Filter banks: whitening, filters, cells, files, refusals, and networks that begin with them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dinov3geo.backbones.zoo import load_backbone, save_backbone
 from dinov3geo.cli import main
 from dinov3geo.config import load_model
 from dinov3geo.errors import ConfigError, DataError
+from dinov3geo.training.describe import describe_distillation
 from dinov3geo.training.distiller import distill
 from dinov3geo.training.filter_fit import fit_filters
 from dinov3geo.training.settings import DistillSettings, FilterSettings, TrainSettings
@@ -168,9 +170,67 @@ def asdict_of(card) -> dict:
 def test_images_that_do_not_differ_are_refused(tmp_path) -> None:
     for number in range(5):
         Image.new("RGB", (48, 48), (90, 90, 90)).save(tmp_path / f"{number}.png")
-    with pytest.raises(DataError, match="differ in 0 directions, 24 are wanted"):
+    with pytest.raises(DataError, match="all alike, or threshold"):
         fit_filters(settings_of(tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_fewer_images_than_directions_are_refused(pictures, tmp_path) -> None:
+    few = write_textures(tmp_path / "few", count=16)
+    with pytest.raises(DataError, match=r"differ in 1\d directions, 24 are wanted"):
+        fit_filters(settings_of(few), tmp_path / "out")
+    with pytest.raises(ConfigError, match="24 images differ in fewer than embed_dim 24"):
+        settings_of(pictures, images=24)
+    with pytest.raises(ConfigError, match="lose their whitening in bfloat16"):
+        settings_of(pictures, export={"dtype": "bfloat16"})
+
+
+def test_filters_stay_in_float32_under_autocast(bank, pictures) -> None:
+    images = bank.card.normalization(read_all(pictures))
+    network = build_backbone("vit_micro", patch_size=8, filters=bank).eval()
+    exact, fast = bank(images), for_inference(network, dtype=torch.bfloat16)
+    assert fast.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen = bank(images)
+        tokens = network.patch_embed(images)
+    assert float(F.cosine_similarity(seen.cls, exact.cls).min()) > 0.9999
+    assert float(F.cosine_similarity(seen.patches, exact.patches, dim=-1).min()) > 0.9999
+    expected = network.patch_embed(images)
+    assert float(F.cosine_similarity(tokens.float().flatten(1), expected.flatten(1)).min()) > 0.999
+
+
+def test_sharded_filters_in_bfloat16_are_refused(pictures, bank_folder, tmp_path) -> None:
+    lower = {"precision": "bfloat16", "parallel": {"layout": "shard"}}
+    model = {"variant": "vit_micro", "patch_size": 8, "filters": bank_folder}
+    with pytest.raises(ConfigError, match="filters need float32"):
+        pretrain(
+            load_model(TrainSettings, None, values=run_settings(pictures) | lower | {"model": model}),
+            out=tmp_path / "run",
+        )
+    taught = {
+        "teacher": bank_folder,
+        "targets": "features",
+        "students": [{"name": "a", "variant": "vit_micro"}],
+    }
+    with pytest.raises(ConfigError, match="filters need float32"):
+        distill(
+            load_model(DistillSettings, None, values=run_settings(pictures) | lower | taught),
+            out=tmp_path / "run",
+        )
+    with pytest.raises(ConfigError, match="feature_map: none is for targets: features"):
+        load_model(
+            DistillSettings,
+            None,
+            values=run_settings(pictures) | taught | {"targets": "prototypes", "feature_map": "none"},
+        )
+
+
+def test_a_card_that_does_not_fit_the_filters(bank_folder, tmp_path, capsys) -> None:
+    shutil.copytree(bank_folder, tmp_path / "bank")
+    card = tmp_path / "bank/backbone.json"
+    card.write_text(card.read_text().replace('"patch_size": 8,', '"patch_size": 7,', 1))
+    assert main(["models", str(tmp_path / "bank")]) == 2
+    assert "filters have odd sides, patches an even one" in capsys.readouterr().err
 
 
 def test_chips_that_miss_pixels_are_left_out(tmp_path, write_raster_in) -> None:
@@ -296,9 +356,12 @@ def test_without_a_map_a_student_becomes_the_teacher(pictures, bank_folder, tmp_
     }
     with pytest.raises(ConfigError, match="teacher's width 24, got 96"):
         distill(load_model(DistillSettings, None, values=values), out=tmp_path / "run")
+    with pytest.raises(ConfigError, match="teacher's width 24, got 96"):
+        describe_distillation(load_model(DistillSettings, None, values=values))
     bank_of_96 = tmp_path / "bank"
     kernels = [{"size": 5, "count": 60}]
-    fit_filters(settings_of(pictures, embed_dim=96, kernels=kernels, images=600, patches=4000), bank_of_96)
+    many = write_textures(tmp_path / "many", count=150)
+    fit_filters(settings_of(many, embed_dim=96, kernels=kernels, patches=4000), bank_of_96)
     student = {"name": "vit", "variant": "vit_micro", "filters": bank_of_96, "layer_scale": 0.1}
     values |= {"teacher": bank_of_96, "students": [student], "steps": 3, "log_every": 1}
     distill(load_model(DistillSettings, None, values=values), out=tmp_path / "run")
