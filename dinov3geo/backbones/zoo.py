@@ -42,6 +42,7 @@ _WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 BUNDLED: dict[str, Path] = {
     "vit-tiny-aerial": _WEIGHTS_FOLDER / "vit_tiny_aerial.safetensors",
     "vit-mini-satellite": _WEIGHTS_FOLDER / "vit_mini_satellite.safetensors",
+    "filters-aerial": _WEIGHTS_FOLDER / "filters_aerial.safetensors",
     "filters-satellite": _WEIGHTS_FOLDER / "filters_satellite.safetensors",
 }
 DEFAULT_BACKBONE = "vit-tiny-aerial"
