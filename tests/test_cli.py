@@ -214,7 +214,7 @@ def test_models(capsys):
     assert "land cover" in kinds["landcover-tiny-satellite"]
     code, out, _ = run(capsys, "models", "--json")
     card = json.loads(out)["models"]["eurosat-tiny-satellite"]
-    assert (card["kind"], card["head_kind"], card["size"]) == ("scene class", "attention", 64)
+    assert (card["kind"], card["head_kind"], card["size"]) == ("scene class", "logistic", 64)
     assert code == 0 and json.loads(out)["variants"]["vit_tiny"]["embed_dim"] == 192
     assert "did you mean 'vit-tiny-aerial'" in error_of(capsys, "models", "vit-tiny-aerail")
 
