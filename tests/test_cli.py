@@ -46,6 +46,7 @@ def test_verbs():
         "split",
         "pack",
         "distill",
+        "filters",
         "zonal",
         "polygons",
         "canopy",

@@ -78,6 +78,9 @@ def describe_distillation(
         student_worlds(settings, World(0, ranks))
     lines.append(("teacher", teacher))
     for student in settings.students:
+        if student.filters is not None and _is_missing(student.filters):
+            lines.append((f"filters of {student.name}", f"{student.filters} ARE MISSING"))
+            student = student.model_copy(update={"filters": None})
         with torch.device("meta"):
             backbone = build_student_of(settings, student, patch_size)
         if width is not None:
@@ -123,12 +126,17 @@ def _teacher_line(settings: DistillSettings) -> tuple[str, int, int | None]:
     """What the students learn from, the patch size of those that name none, and its width if it is there."""
     what = "scores of its heads" if settings.targets == "prototypes" else "its features"
     path = settings.teacher
-    if str(path) not in BUNDLED and not str(path).startswith("hub:") and not path.exists():
+    if _is_missing(path):
         return f"{path} IS MISSING; students learn {what}", ModelSettings().patch_size, None
     teacher = load_teacher(settings)
     size = size_of(teacher) / 1e6
     line = f"{path}: {size:,.1f} M parameters; students learn {what}"
     return line, teacher.backbone.patch_size, teacher.backbone.embed_dim
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether nothing is there yet: another run may be to make it."""
+    return str(path) not in BUNDLED and not str(path).startswith("hub:") and not path.exists()
 
 
 def _student_bytes(settings: DistillSettings, backbone: Backbone, ranks: int) -> int:

@@ -157,7 +157,7 @@ def test_saved_weights_come_back(tmp_path: Path) -> None:
 def test_loading_names_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     backbone = build_backbone("vit_tiny")
-    with pytest.raises(UnknownNameError, match="valid names: vit-tiny-aerial"):
+    with pytest.raises(UnknownNameError, match="valid names: .*vit-tiny-aerial"):
         load_backbone("vit-tiny-arial")
     with pytest.raises(DataError, match=r"backbone\.safetensors"):
         load_backbone(tmp_path)
