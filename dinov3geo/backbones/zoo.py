@@ -341,8 +341,8 @@ def _read_card(path: Path) -> BackboneCard:
 
 def _carded_config(card: BackboneCard, found: Config) -> Config:
     """The shape that the card names, with the optional parts that the tensors show."""
-    kernels = {FilterBankConfig: "kernels", VitConfig: "stem_kernels"}.get(type(found), "")
-    sides = [side for side, _ in getattr(found, kernels, ())]
+    kernels = found.kernels if isinstance(found, FilterBankConfig) else getattr(found, "stem_kernels", ())
+    sides = [side for side, _ in kernels]
     if sides and (card.patch_size % STRIDE or not all(side % 2 for side in sides)):
         raise DataError(
             f"{card.name} has filters of {sides} pixels and a patch of {card.patch_size}; filters have odd "

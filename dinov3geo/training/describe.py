@@ -190,7 +190,7 @@ def _other_runs(settings: TrainSettings) -> list[tuple[str, str]]:
             locate_checkpoint(settings.start_from)
         lines.append(("start from", f"{settings.start_from}{' IS MISSING' if missing else ''}"))
     anchor = settings.gram.anchor
-    if anchor is not None and str(anchor) not in BUNDLED and not anchor.exists():
+    if anchor is not None and _is_missing(anchor):
         lines.append(("gram anchor", f"{anchor} IS MISSING"))
     else:
         with torch.device("meta"):

@@ -16,6 +16,7 @@ from torch import Tensor
 from dinov3geo.backbones.card import BackboneCard, Normalization
 from dinov3geo.backbones.device import resolve_device
 from dinov3geo.backbones.filter_bank import FilterBank, FilterBankConfig
+from dinov3geo.backbones.variants import variant_of
 from dinov3geo.backbones.zoo import RUN_EXPORT, save_backbone
 from dinov3geo.data.mixture import check_bands, chip_loader, open_sources
 from dinov3geo.errors import ConfigError, DataError, RasterError
@@ -24,7 +25,6 @@ from dinov3geo.training.loop import round_outwards
 from dinov3geo.training.settings import FilterSettings
 from dinov3geo.training.setup import run_normalization
 
-VARIANT = "filter_bank"
 _BATCH = 32
 # Chips from which patches are drawn, and chips looked at for one without missing pixels.
 _PATCH_CHIPS, _DRAWS_PER_CHIP = 2000, 4
@@ -93,7 +93,7 @@ def fit_filters(
             moments[1].add(found.sqrt().flatten(2).transpose(1, 2).flatten(0, 1))
         explained = moments[0].whiten(bank.whole)
         moments[1].whiten(bank.cells)
-    save_backbone(weights, bank, _card(settings, chips), dtype=getattr(torch, settings.export.dtype))
+    save_backbone(weights, bank, _card(settings, chips, bank), dtype=getattr(torch, settings.export.dtype))
     return FilterResult(weights, settings.images, explained)
 
 
@@ -260,12 +260,12 @@ class _Moments:
         return float(variance[:width].sum() / variance.clamp_min(0).sum())
 
 
-def _card(settings: FilterSettings, chips: _Chips) -> BackboneCard:
+def _card(settings: FilterSettings, chips: _Chips, bank: FilterBank) -> BackboneCard:
     sizes = [size for size in (dataset.gsd_range_m for dataset in chips.datasets) if size is not None]
     export = settings.export
     return BackboneCard(
         name=settings.name,
-        variant=VARIANT,
+        variant=variant_of(bank.config),
         patch_size=settings.patch_size,
         normalization=chips.normalization,
         gsd_m=export.gsd_m or round_outwards(sizes),
