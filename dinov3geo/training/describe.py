@@ -42,11 +42,16 @@ def describe(
         ranks: processes that the run would have.
 
     Raises:
-        UserError: anything that would stop the run before its first step, except an anchor or a run to start
-            from whose path does not exist yet: these are told among the lines.
+        UserError: anything that would stop the run before its first step, except an anchor, filters or a run
+            to start from whose path does not exist yet: these are told among the lines.
     """
     patch_size = settings.model.patch_size
     lines, per_rank = _beginning(settings, out, resume=resume, ranks=ranks, patch_size=patch_size)
+    filters = settings.model.filters
+    if filters is not None and _is_missing(filters):
+        lines.append(("filters", f"{filters} ARE MISSING"))
+        model = settings.model.model_copy(update={"filters": None})
+        settings = settings.model_copy(update={"model": model})
     backbone, heads = count_parameters(settings)
     lines += [
         *_other_runs(settings),

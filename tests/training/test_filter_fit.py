@@ -19,7 +19,7 @@ from dinov3geo.backbones.zoo import load_backbone, save_backbone
 from dinov3geo.cli import main
 from dinov3geo.config import load_model
 from dinov3geo.errors import ConfigError, DataError
-from dinov3geo.training.describe import describe_distillation
+from dinov3geo.training.describe import describe, describe_distillation
 from dinov3geo.training.distiller import distill
 from dinov3geo.training.filter_fit import fit_filters
 from dinov3geo.training.settings import DistillSettings, FilterSettings, TrainSettings
@@ -379,6 +379,12 @@ def test_filters_of_other_statistics_are_refused(pictures, bank_folder, tmp_path
     values["data"]["sensor"] = "photo_rgb"
     with pytest.raises(ConfigError, match="use one sensor for both"):
         pretrain(load_model(TrainSettings, None, values=values), out=tmp_path / "run")
+
+
+def test_a_plan_tells_that_filters_are_missing(pictures) -> None:
+    model = {"variant": "vit_micro", "patch_size": 8, "filters": "not/there"}
+    plan = dict(describe(load_model(TrainSettings, None, values=run_settings(pictures) | {"model": model})))
+    assert plan["filters"] == "not/there ARE MISSING"
 
 
 def test_the_command_from_dry_run_to_features(pictures, tmp_path, capsys, monkeypatch) -> None:
