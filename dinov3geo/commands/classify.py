@@ -104,6 +104,8 @@ def fit(
         sensor=None if sensor is None else get_sensor(sensor),
         stem=stem,
     )
+    if wanted is None and network.card is not None:
+        wanted = network.card.normalization.bands
     with progress_bar("fit") as tell:
         model = fit_classifier(
             class_folders(folder, bands=wanted),

@@ -89,3 +89,26 @@ def test_chips_that_do_not_suit_the_starter_model(tmp_path, capsys, write_raster
     assert code == 2 and "empty.tif holds no pixel with data" in error
     code, error = run(write_raster("u16.tif", array=(pixels * 20).astype(np.uint16), pixel_size=10.0))
     assert code == 2 and "u16.tif holds uint16 numbers" in error
+
+
+def test_bands_are_found_by_the_names_of_the_weights(tmp_path, write_raster):
+    for k, name in enumerate(("reddish", "bluish")):
+        for number in range(10):
+            pixels = np.full((3, 32, 32), 20 + number, np.uint8)
+            # Files hold blue first.
+            pixels[2 if k == 0 else 0] += 150
+            write_raster(
+                f"chips/{name}/{name}{number}.tif", array=pixels, band_names=["blue", "green", "red"]
+            )
+    model, chips = tmp_path / "model", tmp_path / "chips"
+    words = ["classify", "fit", chips, "--out", model, "--size", 32, "--cache", tmp_path, "--set", "c_count=4"]
+    assert cli.main([str(w) for w in words]) == 0
+    assert json.loads((model / "card.json").read_text())["bands"] == ["red", "green", "blue"]
+    for name, order in (("described", ["red", "green", "blue"]), ("plain", [])):
+        pixels = np.full((3, 32, 32), 25, np.uint8)
+        pixels[0] += 150
+        file = write_raster(f"{name}.tif", array=pixels, band_names=order)
+        table = tmp_path / f"{name}.csv"
+        assert cli.main(["classify", "predict", str(file), "--model", str(model), "-o", str(table)]) == 0
+        with table.open() as opened:
+            assert next(csv.DictReader(opened))["class"] == "reddish"
