@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str,
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.touch()
+        usual = stat.S_IMODE(temporary.stat().st_mode)
         save_file(tensors, temporary, metadata=metadata)
+        # safetensors leaves files that nobody but their owner may read.
+        temporary.chmod(usual)
         _finish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dinov3geo.commands.canopy_settings import open_cache, print_plan, read_settings, read_variants
 from dinov3geo.commands.canopy_tables import print_evaluation, print_reports
 from dinov3geo.commands.console import (
     check_folder,
@@ -29,6 +30,7 @@ from dinov3geo.commands.options import (
     Engine,
     Epochs,
     Gsd,
+    HeadSettings,
     Heights,
     Images,
     ImagesOrNone,
@@ -48,9 +50,7 @@ from dinov3geo.commands.options import (
 from dinov3geo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dinov3geo.features.extract import FeatureCache
     from dinov3geo.heads.base import HeightModel
-    from dinov3geo.heads.canopy import CanopySettings
     from dinov3geo.heads.canopy_report import CanopyFitReport
     from dinov3geo.predict.products import PredictionReport
 
@@ -76,6 +76,7 @@ def fit(
     images: ImagesOrNone = None,
     features: StoredFeatures = None,
     backbone: Backbone = None,
+    config: HeadSettings = None,
     epochs: Epochs = None,
     seed: Seed = None,
     changes: Changes = None,
@@ -93,7 +94,7 @@ def fit(
     if features and (backbone is not None or cache is not None):
         raise ConfigError("--features say which backbone they are of; leave out --backbone and --cache")
     required = required_settings(shared_facts(open_scenes(features))) if features else {}
-    settings = read_settings(changes, epochs=epochs, seed=seed, required=required)
+    settings = read_settings(config, changes, epochs=epochs, seed=seed, required=required)
     check_free(out, what="canopy", overwrite=overwrite)
     if dry_run:
         print_plan(images, heights, settings, backbone, features)
@@ -158,6 +159,12 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    choose: Annotated[
+        bool,
+        typer.Option(
+            "--choose", help="Also a row for the variant that each fold's own training plots would choose."
+        ),
+    ] = False,
     across_sites: Annotated[
         bool, typer.Option("--across-sites", help="Hold out one site after the other, not parts of all.")
     ] = False,
@@ -172,6 +179,7 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Folder of table and pictures; a run cut off goes on."),
     ] = None,
+    config: HeadSettings = None,
     epochs: Epochs = None,
     seed: Seed = None,
     changes: Changes = None,
@@ -186,14 +194,16 @@ def evaluate(
         raise ConfigError("--across-sites makes a part of each site; leave out --folds")
     if model is not None and fitting:
         raise ConfigError("give either --model, to score it, or --folds, to cross-validate a backbone")
-    options = (backbone, epochs, seed, changes or None, cache, variants, register or None)
+    options = (backbone, config, epochs, seed, changes or None, cache, variants, register or None)
     if not fitting and any(option is not None for option in options):
         raise ConfigError(
-            "a model is scored as it is; --backbone, --epochs, --seed, --set, --cache, --variants and "
-            "--register go with --folds"
+            "a model is scored as it is; --backbone, --config, --epochs, --seed, --set, --cache, --variants "
+            "and --register go with --folds"
         )
-    if variants is not None and (changes or epochs is not None):
-        raise ConfigError("--variants holds all settings; leave out --set and --epochs")
+    if choose and variants is None:
+        raise ConfigError("--choose chooses between --variants; give a file of them")
+    if variants is not None and (changes or config is not None or epochs is not None):
+        raise ConfigError("--variants holds all settings; leave out --config, --set and --epochs")
     if out is not None:
         check_folder(out)
     if report_file is not None:
@@ -206,9 +216,10 @@ def evaluate(
                 backbone=backbone,
                 folds=folds or 0,
                 seed=seed or 0,
-                settings=read_settings(changes, epochs=epochs, seed=seed),
+                settings=read_settings(config, changes, epochs=epochs, seed=seed),
                 variants=None if variants is None else read_variants(variants),
                 across_sites=across_sites,
+                choose=choose,
                 register_cells=register,
                 block=block or DEFAULT_BLOCK,
                 cache=open_cache(cache),
@@ -388,89 +399,6 @@ def check_files(
             check_target(file, sources=(scene,), overwrite=overwrite)
         if picture is not None:
             check_picture(picture, sources=(scene, target), overwrite=overwrite)
-
-
-def read_settings(
-    changes: Sequence[str] | None,
-    *,
-    epochs: int | None,
-    seed: int | None,
-    required: Mapping[str, float] | None = None,
-) -> CanopySettings:
-    """The settings of a fit.
-
-    Args:
-        changes: `"key=value"` each; they win over the other arguments.
-        epochs: passes over the data, or None for the default.
-        seed: of everything random, or None for the default.
-        required: further settings by key.
-
-    Raises:
-        ConfigError: an unknown key or a value that does not fit.
-    """
-    from dinov3geo.config import load_model as load_settings
-    from dinov3geo.heads.canopy import CanopySettings
-
-    given = {"fit.seed": seed, "fit.epochs": epochs, **(required or {})}
-    shortcuts = [f"{key}={value}" for key, value in given.items() if value is not None]
-    return load_settings(CanopySettings, None, [*shortcuts, *(changes or [])])
-
-
-def read_variants(path: Path) -> dict[str, CanopySettings]:
-    """Settings by name from a YAML file.
-
-    Raises:
-        ConfigError: the file cannot be read, or a key or value does not fit.
-    """
-    from dinov3geo.config import load_model as load_settings
-    from dinov3geo.evaluation.canopy import CanopyVariants
-
-    return load_settings(CanopyVariants, path).variants
-
-
-def open_cache(folder: Path | None) -> FeatureCache:
-    """The cache of features in a folder, or in the user's cache folder."""
-    from dinov3geo.features.extract import FeatureCache, default_cache_folder
-
-    return FeatureCache(folder or default_cache_folder())
-
-
-def print_plan(
-    images: list[str] | None,
-    heights: list[str],
-    settings: CanopySettings,
-    backbone: str | None,
-    features: list[str] | None,
-) -> None:
-    """What a fit on images, or else on stored features, would do, on stdout.
-
-    Raises:
-        UserError: data or backbone cannot be used.
-    """
-    from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, locate_weights
-    from dinov3geo.config import dump_model
-    from dinov3geo.data.pairs import match_pairs
-    from dinov3geo.heads.stored import check_stored, match_stored, open_scenes, shared_facts
-
-    if images:
-        weights = str(locate_weights(backbone or DEFAULT_BACKBONE))
-        match = match_pairs(images, heights, max_size=settings.max_window)
-    else:
-        scenes = open_scenes(features or [])
-        facts = shared_facts(scenes)
-        check_stored(settings, facts)
-        weights = f"{facts.source or facts.backbone}, not loaded"
-        match = match_stored(scenes, heights, settings)
-    print(dump_model(settings))
-    print_pairs(
-        [
-            ("backbone", weights),
-            ("pairs", str(len(match.pairs))),
-            ("plots", str(len({pair.group for pair in match.pairs}))),
-            ("images without heights", str(len(match.unmatched_images))),
-            ("heights without image", str(len(match.unmatched_targets))),
-        ]
-    )
 
 
 def unmatched_warnings(images: int, heights: int) -> list[str]:

@@ -34,6 +34,17 @@ def print_evaluation(evaluation: CanopyEvaluation) -> None:
     ]
     print()
     print_table(header, rows)
+    choices = evaluation.details.get("choices")
+    if choices:
+        print()
+        names = list(choices[0]["mae_m"])
+        print_table(
+            ["MAE [m] within the training part of", *names, "chosen"],
+            [
+                [f"fold {c['fold']}", *(f"{c['mae_m'][name]:.2f}" for name in names), c["chosen"]]
+                for c in choices
+            ],
+        )
 
 
 def print_reports(reports: Sequence[PredictionReport]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dinov3geo.commands.canopy import open_cache
+from dinov3geo.commands.canopy_settings import open_cache
 from dinov3geo.commands.console import note, note_resumed, print_pairs, print_table, progress_bar, warn
 from dinov3geo.commands.options import (
     Backbone,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dinov3geo.commands.canopy import check_files, open_cache, plan_outputs
+from dinov3geo.commands.canopy import check_files, plan_outputs
+from dinov3geo.commands.canopy_settings import open_cache
 from dinov3geo.commands.console import (
     check_folder,
     format_seconds,

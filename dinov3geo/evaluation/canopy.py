@@ -25,7 +25,9 @@ from dinov3geo.evaluation.baselines import (
     group_means,
     site_name,
 )
+from dinov3geo.evaluation.canopy_choice import CHOSEN, Choice, Chooser, fit_and_predict, prefixed
 from dinov3geo.evaluation.canopy_parts import Heights, PredictionStore
+from dinov3geo.evaluation.folds import assign_folds, site_folds
 from dinov3geo.evaluation.registration import RegistrationReport
 from dinov3geo.evaluation.regression_metrics import (
     BinAccumulator,
@@ -40,7 +42,7 @@ from dinov3geo.evaluation.regression_metrics import (
 from dinov3geo.evaluation.reports import finite, write_bytes
 from dinov3geo.features.extract import FeatureCache, default_blocks, weights_digest
 from dinov3geo.heads.base import HeightModel
-from dinov3geo.heads.canopy import CanopySettings, fit_canopy_head, predict_plot
+from dinov3geo.heads.canopy import CanopySettings
 from dinov3geo.heads.fit import FitSample
 from dinov3geo.heads.samples import StageProgress, build_samples, cell_validity, load_model_pair
 
@@ -197,6 +199,7 @@ def evaluate_folds(
     settings: CanopySettings | None = None,
     variants: Mapping[str, CanopySettings] | None = None,
     across_sites: bool = False,
+    choose: bool = False,
     register_cells: int = 0,
     site_pattern: str = SITE_PATTERN,
     block: int = DEFAULT_BLOCK,
@@ -221,6 +224,9 @@ def evaluate_folds(
         variants: settings by name, each a row of its own in the place of "frozen features"; their
             `max_window` must be that of `settings`.
         across_sites: hold out one site after the other in the place of `folds`.
+        choose: also score, as a method of its own, the variant of each fold that erred least (mean absolute
+            error) when parts of the fold's training plots were held out: what choosing between variants by
+            their rows would flatter. Three more fits per variant and fold.
         register_cells: also look how far each plot's heights lie from its image, up to so many cells, by the
             first variant's predictions; told in the report, not corrected. 0 for not.
         site_pattern: regular expression that finds the site in an image's file name.
@@ -233,7 +239,7 @@ def evaluate_folds(
 
     Returns:
         The table, with the methods "mean", "site mean", "gradient boosting" (squared error), "gradient
-        boosting (absolute error)" and "frozen features".
+        boosting (absolute error)" and "frozen features", or the variants, and `CHOSEN`.
 
     Raises:
         UserError: a file, name or number that cannot be used.
@@ -246,7 +252,7 @@ def evaluate_folds(
     match = match_pairs(images, heights, max_size=settings.max_window)
     plots = _load_plots(match.pairs, site_pattern, frozen)
     if across_sites:
-        numbers = _site_numbers([p.site for p in plots])
+        numbers = site_folds([p.site for p in plots])
     else:
         numbers = assign_folds([p.pair.group for p in plots], [p.site for p in plots], folds, seed=seed)
     frozen.to(device)
@@ -255,17 +261,26 @@ def evaluate_folds(
     colours = [color_statistics(p.arrays.image, p.arrays.valid, p.pair.factor) for p in plots]
     kept = PredictionStore(parts, [numbers, weights_digest(frozen), _facts(match)])
     table, report = _Table(block), RegistrationReport(register_cells) if register_cells else None
+    sites = [p.site for p in plots]
+    chooser = Chooser(chosen, samples, sites, across_sites, seed, kept, device)
+    choices: list[Choice] = []
     for fold in range(max(numbers) + 1):
         train = [i for i, n in enumerate(numbers) if n != fold]
         held = [i for i, n in enumerate(numbers) if n == fold]
         _add_baselines(table, plots, colours, train, held, seed)
+        predictions: dict[str, dict[int, Heights]] = {}
         for name, own in chosen.items():
-            named = _prefixed(progress, f"fold {fold + 1}/{max(numbers) + 1}, {name}, ")
-            fit = partial(_fit_and_predict, samples[name], train, held, own, device, named)
-            for index, predicted in kept.get_or_compute(fold, own.model_dump(), fit).items():
+            named = prefixed(progress, f"fold {fold + 1}/{max(numbers) + 1}, {name}, ")
+            fit = partial(fit_and_predict, samples[name], train, held, own, device, named)
+            predictions[name] = kept.get_or_compute(fold, own.model_dump(), fit)
+            for index, predicted in predictions[name].items():
                 table.add(name, plots[index], predicted)
                 if report is not None and name == next(iter(chosen)):
                     _register(report, plots[index], predicted)
+        if choose:
+            choices.append(chooser.choose(fold, train, progress))
+            for index, predicted in predictions[choices[-1].chosen].items():
+                table.add(CHOSEN, plots[index], predicted)
     details = _details(match, plots, command) | {
         "backbone": "" if frozen.card is None else frozen.card.name,
         "folds": max(numbers) + 1,
@@ -273,6 +288,7 @@ def evaluate_folds(
         "seed": seed,
         "block_cells": block,
         "settings": {name: own.model_dump() for name, own in chosen.items()},
+        "choices": [choice.to_json() for choice in choices],
         "registration": None if report is None else report.to_json(),
     }
     return _finish(table, details, json_path)
@@ -297,19 +313,6 @@ def _samples(
     )
 
 
-def _fit_and_predict(
-    samples: list[FitSample],
-    train: list[int],
-    held: list[int],
-    settings: CanopySettings,
-    device: torch.device,
-    progress: StageProgress | None,
-) -> dict[int, Heights]:
-    """Heights of the held-out plots by their number."""
-    head, _ = fit_canopy_head([samples[i] for i in train], settings, device=device, progress=progress)
-    return {i: predict_plot(head, samples[i], settings.predict_views) for i in held}
-
-
 def _facts(match: PairMatch) -> list[Any]:
     files = {path for pair in match.pairs for path in (pair.image, pair.target)}
     windows = [[str(pair.image), str(pair.target), str(pair.window)] for pair in match.pairs]
@@ -323,14 +326,6 @@ def _check_variants(variants: Mapping[str, CanopySettings], settings: CanopySett
                 f"variant {name!r} has max_window {own.max_window}, expected {settings.max_window} for all: "
                 "plots are cut once"
             )
-
-
-def _site_numbers(sites: Sequence[str]) -> list[int]:
-    """A fold for each site."""
-    names = sorted(set(sites))
-    if len(names) < 2:
-        raise DataError(f"all plots are of the site {names[0]!r}; two or more are needed to hold one out")
-    return [names.index(site) for site in sites]
 
 
 def _register(report: RegistrationReport, plot: _Plot, predicted: Heights) -> None:
@@ -386,38 +381,6 @@ def evaluate_model(
     return _finish(table, details, json_path)
 
 
-def assign_folds(groups: Sequence[str], sites: Sequence[str], folds: int, *, seed: int) -> list[int]:
-    """Deals groups out to folds, site by site.
-
-    Args:
-        groups: of each plot; plots of one group get one fold.
-        sites: of each plot; a group belongs to the site of its first plot.
-        folds: number of parts.
-        seed: of the draw.
-
-    Returns:
-        Fold of each plot, 0 to folds - 1.
-
-    Raises:
-        DataError: fewer than 2 folds, or more folds than groups.
-    """
-    site_of: dict[str, str] = {}
-    for group, site in zip(groups, sites, strict=True):
-        site_of.setdefault(group, site)
-    if not 2 <= folds <= len(site_of):
-        raise DataError(
-            f"{folds} folds were asked for, but {len(site_of)} separate plots allow 2 to {len(site_of)}"
-        )
-    generator = np.random.default_rng(seed)
-    fold_of: dict[str, int] = {}
-    for site in sorted(set(site_of.values())):
-        members = sorted(group for group, own in site_of.items() if own == site)
-        for position in generator.permutation(len(members)).tolist():
-            # Counting on from site to site keeps the folds within one plot of equal size.
-            fold_of[members[position]] = len(fold_of) % folds
-    return [fold_of[group] for group in groups]
-
-
 def _load_plots(pairs: Sequence[RasterPair], site_pattern: str, backbone: Backbone) -> list[_Plot]:
     assert backbone.card is not None
     plots = []
@@ -459,12 +422,6 @@ def _add_baselines(
             shape = plots[index].known.shape
             flat = colours[index].reshape(-1, colours[index].shape[-1])
             table.add(name, plots[index], regressor.predict(flat).reshape(shape))
-
-
-def _prefixed(progress: StageProgress | None, prefix: str) -> StageProgress | None:
-    if progress is None:
-        return None
-    return lambda stage, done, total: progress(prefix + stage, done, total)
 
 
 def _details(match: PairMatch, plots: list[_Plot], command: str) -> dict[str, Any]:

@@ -45,3 +45,50 @@ def balanced_folds(groups: Sequence[str], sizes: Sequence[float], folds: int, *,
         fold_of[name] = lightest
         filled[lightest] += max(total[name], 1e-9)
     return [fold_of[group] for group in groups]
+
+
+def assign_folds(groups: Sequence[str], sites: Sequence[str], folds: int, *, seed: int) -> list[int]:
+    """Deals groups out to folds, site by site.
+
+    Args:
+        groups: of each plot; plots of one group get one fold.
+        sites: of each plot; a group belongs to the site of its first plot.
+        folds: number of parts.
+        seed: of the draw.
+
+    Returns:
+        Fold of each plot, 0 to folds - 1.
+
+    Raises:
+        DataError: fewer than 2 folds, or more folds than groups.
+    """
+    site_of: dict[str, str] = {}
+    for group, site in zip(groups, sites, strict=True):
+        site_of.setdefault(group, site)
+    if not 2 <= folds <= len(site_of):
+        raise DataError(
+            f"{folds} folds were asked for, but {len(site_of)} separate plots allow 2 to {len(site_of)}"
+        )
+    generator = np.random.default_rng(seed)
+    fold_of: dict[str, int] = {}
+    for site in sorted(set(site_of.values())):
+        members = sorted(group for group, own in site_of.items() if own == site)
+        for position in generator.permutation(len(members)).tolist():
+            # Counting on from site to site keeps the folds within one plot of equal size.
+            fold_of[members[position]] = len(fold_of) % folds
+    return [fold_of[group] for group in groups]
+
+
+def site_folds(sites: Sequence[str]) -> list[int]:
+    """A fold for each site, in the order of their names.
+
+    Args:
+        sites: of each sample.
+
+    Raises:
+        DataError: there is only one site.
+    """
+    names = sorted(set(sites))
+    if len(names) < 2:
+        raise DataError(f"all plots are of the site {names[0]!r}; two or more are needed to hold one out")
+    return [names.index(site) for site in sites]

@@ -359,3 +359,9 @@ def test_released_weights_give_the_published_numbers(model: str) -> None:
 def test_bundled_names_are_listed() -> None:
     with pytest.raises(UnknownNameError, match=zoo.DEFAULT_BACKBONE):
         load_backbone("vit-tiny-arial")
+
+
+def test_files_of_weights_are_as_readable_as_others(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(3)})
+    (tmp_path / "b").write_text("as others")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode

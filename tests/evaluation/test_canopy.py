@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 
 from dinov3geo.backbones import zoo
@@ -11,7 +12,9 @@ from dinov3geo.backbones.vit import VisionTransformer, VitConfig
 from dinov3geo.backbones.zoo import save_backbone
 from dinov3geo.cli import main
 from dinov3geo.errors import DataError, RasterError
-from dinov3geo.evaluation.canopy import assign_folds, evaluate_folds, evaluate_model
+from dinov3geo.evaluation.canopy import evaluate_folds, evaluate_model
+from dinov3geo.evaluation.canopy_choice import CHOSEN
+from dinov3geo.evaluation.folds import assign_folds
 from dinov3geo.heads.canopy import CanopySettings, HeadSettings, fit_canopy, load_canopy_model
 from dinov3geo.heads.heights import HeightFitSettings as FitSettings
 
@@ -178,12 +181,59 @@ def test_variants_across_sites_with_shifts_go_on_where_they_were(plots, backbone
     assert json.loads((tmp_path / "r" / "results.json").read_text())["rows"] == report["rows"]
 
 
+CHOICES = """
+variants:
+  nothing learnt: {num_maps: 1, head: {components: 8, dropout: 0}, fit: {epochs: 1, learning_rate: 1.0e-6}}
+  learnt: {num_maps: 1, head: {components: 8, dropout: 0}, fit: {epochs: 120}}
+"""
+
+
+@pytest.mark.parametrize("how", [["--folds", "3"], ["--across-sites"]])
+def test_a_choice_within_folds_is_scored_on_what_it_never_saw(how, plots, backbone_file, tmp_path, capsys):
+    (tmp_path / "variants.yaml").write_text(CHOICES)
+
+    def evaluate(name):
+        words = [
+            "canopy",
+            "evaluate",
+            "--images",
+            str(plots[0]),
+            "--heights",
+            str(plots[1]),
+            "--choose",
+            *how,
+        ]
+        words += ["--variants", f"{tmp_path}/variants.yaml", "--backbone", str(backbone_file), "--out", name]
+        assert main([*words, "--cache", f"{tmp_path}/cache"]) == 0
+        return json.loads((tmp_path / name / "results.json").read_text())
+
+    report = evaluate(str(tmp_path / "a"))
+    assert "chosen" in capsys.readouterr().out and "| fold |" in (tmp_path / "a" / "results.md").read_text()
+    choices, rows = report["choices"], {r["method"]: r for r in report["rows"] if r["site"] == "all"}
+    assert len(choices) == report["folds"]
+    for choice in choices:
+        assert choice["mae_m"][choice["chosen"]] == min(choice["mae_m"].values()) > 0
+    if how[0] == "--folds":
+        # Every fold trains on both sites, so learning pays, and the choice is the same everywhere.
+        assert {choice["chosen"] for choice in choices} == {"learnt"}
+        assert rows[CHOSEN] == {**rows["learnt"], "method": CHOSEN}
+    # Other heights in one plot change what every fold but its own is chosen by.
+    with rasterio.open(plots[1] / "0.tif", "r+") as opened:
+        heights = opened.read()
+        opened.write(np.where(heights > 0, heights + 7, heights))
+    changed = evaluate(str(tmp_path / "b"))["choices"]
+    assert sum(new == old for new, old in zip(changed, choices, strict=True)) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--across-sites", "--folds", "2"], "leave out --folds"),
         (["--register", "2"], "go with --folds"),
-        (["--folds", "2", "--variants", "v.yaml", "--epochs", "3"], "leave out --set and --epochs"),
+        (["--folds", "2", "--variants", "v.yaml", "--epochs", "3"], "--set and --epochs"),
+        (["--folds", "2", "--variants", "v.yaml", "--config", "c.yaml"], "leave out --config, --set"),
+        (["--folds", "2", "--choose"], "give a file of them"),
+        (["--config", "c.yaml"], "go with --folds"),
         (["--folds", "2", "--variants", "missing.yaml"], "cannot read configuration missing.yaml"),
     ],
 )

@@ -101,7 +101,8 @@ def test_bands_are_found_by_the_names_of_the_weights(tmp_path, write_raster):
                 f"chips/{name}/{name}{number}.tif", array=pixels, band_names=["blue", "green", "red"]
             )
     model, chips = tmp_path / "model", tmp_path / "chips"
-    words = ["classify", "fit", chips, "--out", model, "--size", 32, "--cache", tmp_path, "--set", "c_count=4"]
+    words = ["classify", "fit", chips, "--out", model, "--size", 32, "--cache", tmp_path]
+    words += ["--set", "c_count=4"]
     assert cli.main([str(w) for w in words]) == 0
     assert json.loads((model / "card.json").read_text())["bands"] == ["red", "green", "blue"]
     for name, order in (("described", ["red", "green", "blue"]), ("plain", [])):
