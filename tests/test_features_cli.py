@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import rasterio
 from PIL import Image
+from rasterio.windows import Window
 
+from dinov3geo.rasters.reader import inspect_scene
+from dinov3geo.rasters.regridded import RegriddedScene
 from tests.command_line import error_of, run
 
 
@@ -71,6 +74,28 @@ def test_features_of_several_scenes(capsys, tmp_path, write_raster, run_folder):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a_features.tif", "b_features.tif"]
     assert "cannot go into" in error_of(capsys, *words[:2], "-o", tmp_path / "x.zarr")
     assert "valid names: parquet, tif, zarr" in error_of(capsys, *words, "--format", "png")
+
+
+def test_features_at_another_pixel_size(capsys, tmp_path, write_raster, run_folder):
+    scene = write_raster("scene.tif", shape=(3, 96, 128))
+    grid = inspect_scene(scene).grid.at_gsd(0.15)
+    with RegriddedScene(scene, grid) as reader:
+        numbers, _ = reader.read(Window(0, 0, grid.width, grid.height))
+    other = write_raster("coarse.tif", array=numbers, transform=grid.transform)
+    words = ["features", "--backbone", run_folder, "--tile", 32, "--overlap", 16]
+    assert run(capsys, *words, scene, "-o", tmp_path / "a.tif", "--gsd", 0.15)[0] == 0
+    assert run(capsys, *words, other, "-o", tmp_path / "b.tif")[0] == 0
+    with rasterio.open(tmp_path / "a.tif") as a, rasterio.open(tmp_path / "b.tif") as b:
+        assert a.shape == (4, 6) and a.transform == b.transform
+        np.testing.assert_array_equal(a.read(), b.read())
+    both = tmp_path / "both"
+    code, _, err = run(capsys, *words, scene, other, "-o", both, "--format", "tif", "--pca", 2, "--gsd", 0.15)
+    assert code == 0, err
+    with rasterio.open(both / "scene_features.tif") as a, rasterio.open(both / "coarse_features.tif") as b:
+        np.testing.assert_array_equal(a.read(), b.read())
+    assert "takes metres above 0, or model" in error_of(
+        capsys, *words, scene, "-o", tmp_path / "c.tif", "--gsd", "x"
+    )
 
 
 def test_show_landcover(capsys, tmp_path, write_raster):

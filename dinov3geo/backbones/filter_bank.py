@@ -10,7 +10,7 @@ Source: Coates and Ng 2012 (patches as filters, whitening); Rolf et al. 2021, do
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,11 @@ from dinov3geo.backbones.features import Features
 STRIDE = 2
 # Responses of a few images at a time stay in the cache of a processor.
 _NUMBERS_AT_ONCE = 1 << 20
+
+
+def count_responses(filters: Iterable[int]) -> int:
+    """Numbers of a place: of every filter what is above the threshold, and what is below its negative."""
+    return 2 * sum(filters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,8 @@ class FilterBankConfig:
 
     @property
     def num_responses(self) -> int:
-        """Numbers of a place: of every filter what is above the threshold, and what is below its negative."""
-        return 2 * sum(count for _, count in self.kernels)
+        """See `count_responses`."""
+        return count_responses(count for _, count in self.kernels)
 
 
 class Filters(nn.Module):
@@ -95,7 +100,7 @@ class FilterStem(nn.Module):
         self.filters = nn.ModuleList(
             Filters(in_channels, side, count, patch_size) for side, count in kernels
         ).requires_grad_(False)
-        self.proj = nn.Linear(2 * sum(count for _, count in kernels), dim)
+        self.proj = nn.Linear(count_responses(count for _, count in kernels), dim)
 
     @torch.no_grad()
     def copy_from(self, bank: FilterBank) -> None:

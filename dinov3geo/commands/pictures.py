@@ -24,6 +24,7 @@ from dinov3geo.commands.options import (
     Compile,
     Device,
     Engine,
+    Gsd,
     OutputPicture,
     Overlap,
     Overwrite,
@@ -80,6 +81,7 @@ def features(
     image_scale: Annotated[
         float, typer.Option(help="Enlarge the scene this many times before the backbone sees it.")
     ] = 1.0,
+    gsd: Gsd = None,
     tile: Tile = 512,
     overlap: Overlap = 128,
     batch_size: BatchSize = None,
@@ -93,19 +95,23 @@ def features(
     A run that was cut off goes on where it was when the same command is given again.
     """
     from dinov3geo.backbones.zoo import DEFAULT_BACKBONE
+    from dinov3geo.predict.checks import ModelInput
     from dinov3geo.predict.jobs import count_tiles
+    from dinov3geo.predict.pixel_size import parse_pixel_size
     from dinov3geo.predict.products import predict_features, sample_scenes
     from dinov3geo.rasters.reader import find_rasters
 
     jobs = _feature_files(find_rasters(scenes), output, kind)
     check_folder(jobs[0][1].parent)
-    sizes = {scene: count_tiles(scene, tile, overlap) for scene, _ in jobs}
+    size = parse_pixel_size(gsd)
     network, sample = load_network(backbone, device), None
+    seen = size, ModelInput.of_backbone(network)
+    sizes = {scene: count_tiles(scene, tile, overlap, seen=seen) for scene, _ in jobs}
     if len(jobs) > 1 and (pca is not None or dtype == "int8"):
         with progress_bar("sample") as tell:
             files = [scene for scene, _ in jobs]
             sample, empty = sample_scenes(
-                files, network, image_scale=image_scale, tile=tile, overlap=overlap, progress=tell
+                files, network, image_scale=image_scale, gsd=size, tile=tile, overlap=overlap, progress=tell
             )
         if empty:
             names = ", ".join(map(str, empty))
@@ -121,6 +127,7 @@ def features(
             pca=pca,
             dtype=dtype,
             image_scale=image_scale,
+            gsd=size,
             tile=tile,
             overlap=overlap,
             batch_size=batch_size,

@@ -167,7 +167,7 @@ def gsd_warnings(scene: Path, own_m: float, seen_m: float, wanted: ModelInput) -
     return [
         *found,
         f"scene {scene} {has} pixels of {seen_m:.3g} m, but model {wanted.name!r} was trained at {trained}; "
-        "expect worse results, or resample it (--gsd model in canopy and landcover predict, else gdalwarp)",
+        "expect worse results, or resample it (--gsd model where the command has it, else gdalwarp)",
     ]
 
 

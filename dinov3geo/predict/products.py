@@ -200,6 +200,7 @@ def predict_features(
     pca: int | None = None,
     dtype: str = "float32",
     image_scale: float = 1.0,
+    gsd: PixelSize = None,
     tile: int = 512,
     overlap: int = 128,
     batch_size: int | None = None,
@@ -225,6 +226,7 @@ def predict_features(
             dimensions.
         dtype: "float32"; "int8" with a scale; in stores also "float16".
         image_scale: the scene is made this many times larger before the backbone sees it.
+        gsd: as `predict_canopy`; cells follow it.
         tile: side of a tile in pixels, rounded down to whole patches.
         overlap: pixels that neighbouring tiles share, rounded down to whole patches.
         batch_size: tiles per forward pass; None for as many as suit the device.
@@ -254,7 +256,7 @@ def predict_features(
         check_target(output, sources=(scene,), overwrite=overwrite)
     if batch_size is None:
         batch_size = batch_that_fits(backbone, tile, image_scale=image_scale)
-    job = prepare(scene, wanted, tile, overlap, batch_size, stride=stride)
+    job = prepare(scene, wanted, tile, overlap, batch_size, stride=stride, gsd=gsd)
     make_features = functools.partial(feature_runner, backbone, image_scale=image_scale, compiled=compiled)
     names = tuple(f"feature {number}" for number in range(backbone.embed_dim))
     make_runner: Callable[[], RunTiles] = make_features
@@ -306,6 +308,7 @@ def sample_scenes(
     backbone: Backbone,
     *,
     image_scale: float = 1.0,
+    gsd: PixelSize = None,
     tile: int = 512,
     overlap: int = 128,
     progress: Callable[[int, int], None] | None = None,
@@ -316,6 +319,7 @@ def sample_scenes(
         scenes: raster files.
         backbone: with a card, on the device to compute on.
         image_scale: as `predict_features`.
+        gsd: likewise.
         tile: likewise.
         overlap: likewise.
         progress: told about scenes done.
@@ -333,7 +337,7 @@ def sample_scenes(
     found: list[Floats] = []
     empty: list[Path] = []
     for number, scene in enumerate(scenes, start=1):
-        job = prepare(scene, wanted, tile, overlap, 1, stride=stride)
+        job = prepare(scene, wanted, tile, overlap, 1, stride=stride, gsd=gsd)
         try:
             found.append(job.sample(features, max_tiles=tiles, max_patches=patches))
         except EmptySceneError:

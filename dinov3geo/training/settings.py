@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dinov3geo.backbones.filter_bank import count_responses
 from dinov3geo.data.crops import CropSettings
 from dinov3geo.data.masking import MaskSettings
 from dinov3geo.data.mixture import DataSettings
@@ -235,7 +236,7 @@ class FilterSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        responses = 2 * sum(kernel.count for kernel in self.kernels)
+        responses = count_responses(kernel.count for kernel in self.kernels)
         if self.embed_dim > responses:
             raise ValueError(f"embed_dim {self.embed_dim} exceeds the {responses} responses of the kernels")
         if self.embed_dim >= self.images:
