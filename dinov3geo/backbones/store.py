@@ -9,6 +9,7 @@ import re
 import stat
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str,
         temporary.touch()
         usual = stat.S_IMODE(temporary.stat().st_mode)
         save_file(tensors, temporary, metadata=metadata)
-        # safetensors leaves files that nobody but their owner may read.
-        temporary.chmod(usual)
+        # safetensors leaves files that nobody but their owner may read; some mounts know no modes.
+        with suppress(PermissionError):
+            temporary.chmod(usual)
         _finish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dinov3geo.commands.canopy_settings import open_cache, print_plan, read_settings, read_variants
+from dinov3geo.commands.canopy_settings import print_plan, read_settings, read_variants
 from dinov3geo.commands.canopy_tables import print_evaluation, print_reports
 from dinov3geo.commands.console import (
     check_folder,
@@ -45,6 +45,7 @@ from dinov3geo.commands.options import (
     StoredFeatures,
     Tile,
     command_line,
+    open_cache,
     scenes_at_once,
 )
 from dinov3geo.errors import ConfigError

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from dinov3geo.commands.console import print_pairs
 
 if TYPE_CHECKING:
-    from dinov3geo.features.extract import FeatureCache
     from dinov3geo.heads.canopy import CanopySettings
 
 
@@ -28,7 +27,7 @@ def read_settings(
         changes: `"key=value"` each; they win over the other arguments.
         epochs: passes over the data, or None for the file's.
         seed: of everything random, or None for the file's.
-        required: further settings by key.
+        required: settings that hold where neither file nor changes say anything.
 
     Raises:
         ConfigError: an unknown key or a value that does not fit.
@@ -36,9 +35,9 @@ def read_settings(
     from dinov3geo.config import load_model as load_settings
     from dinov3geo.heads.canopy import CanopySettings
 
-    given = {"fit.seed": seed, "fit.epochs": epochs, **(required or {})}
+    given = {"fit.seed": seed, "fit.epochs": epochs}
     shortcuts = [f"{key}={value}" for key, value in given.items() if value is not None]
-    return load_settings(CanopySettings, config, [*shortcuts, *(changes or [])])
+    return load_settings(CanopySettings, config, [*shortcuts, *(changes or [])], values=required)
 
 
 def read_variants(path: Path) -> dict[str, CanopySettings]:
@@ -51,13 +50,6 @@ def read_variants(path: Path) -> dict[str, CanopySettings]:
     from dinov3geo.evaluation.canopy import CanopyVariants
 
     return load_settings(CanopyVariants, path).variants
-
-
-def open_cache(folder: Path | None) -> FeatureCache:
-    """The cache of features in a folder, or in the user's cache folder."""
-    from dinov3geo.features.extract import FeatureCache, default_cache_folder
-
-    return FeatureCache(folder or default_cache_folder())
 
 
 def print_plan(

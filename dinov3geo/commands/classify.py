@@ -52,7 +52,9 @@ CropFrom = Annotated[
 Bands = Annotated[
     str | None,
     typer.Option(
-        metavar="A,B,...", help="Bands of rasters, by name.", show_default="red,green,blue, or the sensor's"
+        metavar="A,B,...",
+        help="Bands of rasters, by name.",
+        show_default="the sensor's; else the weights' (fit), all (evaluate)",
     ),
 ]
 Sensor = Annotated[
@@ -90,7 +92,8 @@ def fit(
     from dinov3geo.config import load_model
     from dinov3geo.evaluation.classification import ClassificationSettings
     from dinov3geo.evaluation.classifier import Kind, fit_classifier
-    from dinov3geo.evaluation.image_sets import class_folders
+    from dinov3geo.evaluation.image_sets import class_folders, list_images
+    from dinov3geo.predict.checks import ModelInput, check_chips
     from dinov3geo.rasters.sensors import get_sensor
 
     if kind not in get_args(Kind):
@@ -104,11 +107,16 @@ def fit(
         sensor=None if sensor is None else get_sensor(sensor),
         stem=stem,
     )
-    if wanted is None and network.card is not None:
-        wanted = network.card.normalization.bands
+    own_bands = wanted is None
+    if own_bands:
+        wanted = ModelInput.of_backbone(network).normalization.bands
+    images = class_folders(folder, bands=wanted, order=sensor_order(sensor))
+    if own_bands:
+        # As `predict` will look at what it is given; chips are seen at whatever size the classes were.
+        check_chips(list_images(folder), replace(ModelInput.of_backbone(network), gsd_m=None), size)
     with progress_bar("fit") as tell:
         model = fit_classifier(
-            class_folders(folder, bands=wanted),
+            images,
             network.to(resolve_device(device)),
             # A changed stem makes other weights than those of the name.
             name if sensor is None else "",
@@ -236,7 +244,8 @@ def evaluate(
         device=resolve_device(device),
         seed=settings.seed,
     )
-    task = Task(class_folders(folder, bands=wanted).limit(per_class), names, seen, settings)
+    images = class_folders(folder, bands=wanted, order=sensor_order(sensor))
+    task = Task(images.limit(per_class), names, seen, settings)
     with progress_bar("classify") as tell:
         comparison = compare(
             task,
@@ -262,6 +271,13 @@ def sensor_bands(bands: str | None, sensor: str | None) -> tuple[str, ...] | Non
     if sensor is None:
         return names
     return tuple(band.name for band in get_sensor(sensor).select(names))
+
+
+def sensor_order(sensor: str | None) -> tuple[str, ...] | None:
+    """Names of a sensor's bands as its files hold them, which files that describe none are read by."""
+    from dinov3geo.rasters.sensors import get_sensor
+
+    return None if sensor is None else get_sensor(sensor).band_names
 
 
 def vector_cache(folder: Path | None) -> Path:

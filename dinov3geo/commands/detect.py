@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dinov3geo.commands.canopy_settings import open_cache
 from dinov3geo.commands.console import note, note_resumed, print_pairs, print_table, progress_bar, warn
 from dinov3geo.commands.options import (
     Backbone,
@@ -23,6 +22,7 @@ from dinov3geo.commands.options import (
     Overwrite,
     Seed,
     command_line,
+    open_cache,
 )
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dinov3geo.commands.canopy import check_files, plan_outputs
-from dinov3geo.commands.canopy_settings import open_cache
 from dinov3geo.commands.console import (
     check_folder,
     format_seconds,
@@ -41,6 +40,7 @@ from dinov3geo.commands.options import (
     Scenes,
     Seed,
     command_line,
+    open_cache,
     scenes_at_once,
 )
 from dinov3geo.errors import ConfigError

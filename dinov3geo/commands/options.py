@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from dinov3geo.backbones import base
+    from dinov3geo.features.extract import FeatureCache
 
 Backbone = Annotated[
     str | None,
@@ -126,3 +127,10 @@ def load_network(name_or_path: str | None, device: str) -> base.Backbone:
     from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
 
     return load_backbone(name_or_path or DEFAULT_BACKBONE).to(resolve_device(device))
+
+
+def open_cache(folder: Path | None) -> FeatureCache:
+    """The cache of features in a folder, or in the user's cache folder."""
+    from dinov3geo.features.extract import FeatureCache, default_cache_folder
+
+    return FeatureCache(folder or default_cache_folder())

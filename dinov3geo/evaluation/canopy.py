@@ -25,8 +25,8 @@ from dinov3geo.evaluation.baselines import (
     group_means,
     site_name,
 )
-from dinov3geo.evaluation.canopy_choice import CHOSEN, Choice, Chooser, fit_and_predict, prefixed
-from dinov3geo.evaluation.canopy_parts import Heights, PredictionStore
+from dinov3geo.evaluation.canopy_choice import CHOSEN, Choice, Chooser, inner_parts
+from dinov3geo.evaluation.canopy_parts import Heights, PredictionStore, fit_and_predict, prefixed
 from dinov3geo.evaluation.folds import assign_folds, site_folds
 from dinov3geo.evaluation.registration import RegistrationReport
 from dinov3geo.evaluation.regression_metrics import (
@@ -50,6 +50,9 @@ REPORT_FORMAT = "dinov3geo-canopy-evaluation/1"
 # 10 m on the 1 m heights of NEON, whose plots of 20 to 40 m have no room for CHMv2's 50 cells.
 DEFAULT_BLOCK = 10
 FROZEN_FEATURES = "frozen features"
+MEAN, SITE_MEAN = "mean", "site mean"
+BOOSTING, BOOSTING_ABSOLUTE = "gradient boosting", "gradient boosting (absolute error)"
+BASELINES = (MEAN, SITE_MEAN, BOOSTING, BOOSTING_ABSOLUTE)
 
 
 class CanopyVariants(BaseModel):
@@ -226,7 +229,7 @@ def evaluate_folds(
         across_sites: hold out one site after the other in the place of `folds`.
         choose: also score, as a method of its own, the variant of each fold that erred least (mean absolute
             error) when parts of the fold's training plots were held out: what choosing between variants by
-            their rows would flatter. Three more fits per variant and fold.
+            their rows would flatter. Up to three more fits per variant and fold.
         register_cells: also look how far each plot's heights lie from its image, up to so many cells, by the
             first variant's predictions; told in the report, not corrected. 0 for not.
         site_pattern: regular expression that finds the site in an image's file name.
@@ -255,22 +258,21 @@ def evaluate_folds(
         numbers = site_folds([p.site for p in plots])
     else:
         numbers = assign_folds([p.pair.group for p in plots], [p.site for p in plots], folds, seed=seed)
+    training = [[i for i, n in enumerate(numbers) if n != fold] for fold in range(max(numbers) + 1)]
+    inner = _inner(plots, training, across_sites, seed) if choose else []
     frozen.to(device)
     store = cache or FeatureCache(None)
     samples = {n: _samples(match, frozen, own, store, progress) for n, own in chosen.items()}
     colours = [color_statistics(p.arrays.image, p.arrays.valid, p.pair.factor) for p in plots]
     kept = PredictionStore(parts, [numbers, weights_digest(frozen), _facts(match)])
     table, report = _Table(block), RegistrationReport(register_cells) if register_cells else None
-    sites = [p.site for p in plots]
-    chooser = Chooser(chosen, samples, sites, across_sites, seed, kept, device)
-    choices: list[Choice] = []
-    for fold in range(max(numbers) + 1):
-        train = [i for i, n in enumerate(numbers) if n != fold]
+    chooser, choices = Chooser(chosen, samples, kept, device), list[Choice]()
+    for fold, train in enumerate(training):
         held = [i for i, n in enumerate(numbers) if n == fold]
         _add_baselines(table, plots, colours, train, held, seed)
         predictions: dict[str, dict[int, Heights]] = {}
         for name, own in chosen.items():
-            named = prefixed(progress, f"fold {fold + 1}/{max(numbers) + 1}, {name}, ")
+            named = prefixed(progress, f"fold {fold + 1}/{len(training)}, {name}, ")
             fit = partial(fit_and_predict, samples[name], train, held, own, device, named)
             predictions[name] = kept.get_or_compute(fold, own.model_dump(), fit)
             for index, predicted in predictions[name].items():
@@ -278,12 +280,12 @@ def evaluate_folds(
                 if report is not None and name == next(iter(chosen)):
                     _register(report, plots[index], predicted)
         if choose:
-            choices.append(chooser.choose(fold, train, progress))
+            choices.append(chooser.choose(fold, train, inner[fold], progress))
             for index, predicted in predictions[choices[-1].chosen].items():
                 table.add(CHOSEN, plots[index], predicted)
     details = _details(match, plots, command) | {
         "backbone": "" if frozen.card is None else frozen.card.name,
-        "folds": max(numbers) + 1,
+        "folds": len(training),
         "held_out": "sites" if across_sites else "plots",
         "seed": seed,
         "block_cells": block,
@@ -319,8 +321,17 @@ def _facts(match: PairMatch) -> list[Any]:
     return [windows, sorted([str(path), path.stat().st_mtime_ns] for path in files)]
 
 
+def _inner(plots: list[_Plot], training: list[list[int]], by_site: bool, seed: int) -> list[list[list[int]]]:
+    """Parts of each fold's training plots for `Chooser`; plots without heights are in none."""
+    groups, sites = [p.pair.group for p in plots], [p.site for p in plots]
+    known = [[i for i in train if plots[i].known.any()] for train in training]
+    return [inner_parts(train, groups, sites, by_site=by_site, seed=seed) for train in known]
+
+
 def _check_variants(variants: Mapping[str, CanopySettings], settings: CanopySettings) -> None:
     for name, own in variants.items():
+        if name in (*BASELINES, CHOSEN):
+            raise ConfigError(f"a variant may not be called {name!r}: that is the name of another row")
         if own.max_window != settings.max_window:
             raise ConfigError(
                 f"variant {name!r} has max_window {own.max_window}, expected {settings.max_window} for all: "
@@ -408,14 +419,12 @@ def _add_baselines(
         raise DataError("a fold has no valid height to train on; use fewer folds or more plots")
     sites = group_means(values, [plots[i].site for i in train], [plots[i].site for i in held])
     for index, mean in zip(held, sites, strict=True):
-        table.add("mean", plots[index], float(truth.mean()))
-        table.add("site mean", plots[index], mean)
+        table.add(MEAN, plots[index], float(truth.mean()))
+        table.add(SITE_MEAN, plots[index], mean)
     features = np.concatenate([colours[i][plots[i].known] for i in train])
     boosted = {
-        "gradient boosting": fit_gradient_boosting(features, truth, loss="squared_error", seed=seed),
-        "gradient boosting (absolute error)": fit_gradient_boosting(
-            features, truth, loss="absolute_error", seed=seed
-        ),
+        BOOSTING: fit_gradient_boosting(features, truth, loss="squared_error", seed=seed),
+        BOOSTING_ABSOLUTE: fit_gradient_boosting(features, truth, loss="absolute_error", seed=seed),
     }
     for name, regressor in boosted.items():
         for index in held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,9 +12,9 @@ import numpy as np
 import torch
 
 from dinov3geo.errors import DataError
-from dinov3geo.evaluation.canopy_parts import Heights, PredictionStore
+from dinov3geo.evaluation.canopy_parts import Heights, PredictionStore, fit_and_predict, prefixed
 from dinov3geo.evaluation.folds import assign_folds, site_folds
-from dinov3geo.heads.canopy import CanopySettings, fit_canopy_head, predict_plot
+from dinov3geo.heads.canopy import CanopySettings
 from dinov3geo.heads.fit import FitSample
 from dinov3geo.heads.samples import StageProgress
 
@@ -48,51 +49,37 @@ class Chooser:
     Attributes:
         variants: settings by name.
         samples: of all plots, by the variant's name.
-        sites: of each plot.
-        by_site: hold out sites among the training plots, as the folds do, if there are two or more.
-        seed: of the inner folds.
         kept: predictions of parts that are done.
         device: to fit on.
     """
 
     variants: Mapping[str, CanopySettings]
     samples: Mapping[str, list[FitSample]]
-    sites: Sequence[str]
-    by_site: bool
-    seed: int
     kept: PredictionStore
     device: torch.device
 
-    def choose(self, fold: int, train: list[int], progress: StageProgress | None) -> Choice:
+    def choose(
+        self, fold: int, train: list[int], parts: list[list[int]], progress: StageProgress | None
+    ) -> Choice:
         """The best variant by mean absolute error.
 
         Args:
-            fold: number of the part that is held out.
+            fold: number of the part that is held out, from 0.
             train: numbers of the other plots.
+            parts: of `inner_parts`.
             progress: called with a stage's name, how much is done, and of how much.
 
         Raises:
-            DataError: the training plots cannot be split, or hold no valid height.
+            DataError: the heights of no variant are finite.
         """
-        parts = self._parts(train)
         errors = {name: self._error(name, fold, train, parts, progress) for name in self.variants}
-        return Choice(fold + 1, min(errors, key=lambda name: errors[name]), errors)
-
-    def _parts(self, train: list[int]) -> list[list[int]]:
-        some = next(iter(self.samples.values()))
-        groups, sites = [some[i].group for i in train], [self.sites[i] for i in train]
-        if len(set(groups)) < 2:
+        finite = {name: error for name, error in errors.items() if math.isfinite(error)}
+        if not finite:
             raise DataError(
-                "a fold trains on one place only, and a choice wants two; lower --folds, or add plots"
+                f"no variant gave finite heights within the training part of fold {fold + 1}; lower "
+                "fit.learning_rate"
             )
-        if self.by_site and len(set(sites)) > 1:
-            numbers = site_folds(sites)
-        else:
-            numbers = assign_folds(groups, sites, min(_PARTS, len(set(groups))), seed=self.seed)
-        parts: list[list[int]] = [[] for _ in set(numbers)]
-        for index, number in zip(train, numbers, strict=True):
-            parts[number].append(index)
-        return parts
+        return Choice(fold + 1, min(finite, key=lambda name: finite[name]), errors)
 
     def _error(
         self, name: str, fold: int, train: list[int], parts: list[list[int]], progress: StageProgress | None
@@ -107,39 +94,40 @@ class Chooser:
             for index, predicted in self.kept.get_or_compute(fold, facts, fit).items():
                 view = samples[index].views[0]
                 errors.append(np.abs(predicted - view.target.numpy())[view.valid.numpy()])
-        found = np.concatenate(errors)
-        if not found.size:
-            raise DataError(f"the training plots of fold {fold + 1} hold no valid height to choose by")
-        return float(found.mean(dtype=np.float64))
+        return float(np.concatenate(errors).mean(dtype=np.float64))
 
 
-def fit_and_predict(
-    samples: list[FitSample],
-    train: list[int],
-    held: list[int],
-    settings: CanopySettings,
-    device: torch.device,
-    progress: StageProgress | None,
-) -> dict[int, Heights]:
-    """Heights [h, w] of the held-out plots by their number, metres.
+def inner_parts(
+    train: Sequence[int],
+    groups: Sequence[str],
+    sites: Sequence[str],
+    *,
+    by_site: bool,
+    seed: int,
+) -> list[list[int]]:
+    """Deals the training plots of a fold out once more, each to one part.
 
     Args:
-        samples: of all plots.
-        train: numbers of those to fit on.
-        held: numbers of those to predict.
-        settings: of the head.
-        device: to fit on.
-        progress: called with a stage's name, how much is done, and of how much.
+        train: numbers of the training plots that hold heights.
+        groups: of every plot; plots of one group stay together.
+        sites: of every plot.
+        by_site: a part for each site, if there are two or more; else up to three parts by place.
+        seed: of the draw.
 
     Raises:
-        DataError: the training plots hold no valid height.
+        DataError: the plots are all of one place.
     """
-    head, _ = fit_canopy_head([samples[i] for i in train], settings, device=device, progress=progress)
-    return {i: predict_plot(head, samples[i], settings.predict_views) for i in held}
-
-
-def prefixed(progress: StageProgress | None, prefix: str) -> StageProgress | None:
-    """Progress whose stages begin with `prefix`."""
-    if progress is None:
-        return None
-    return lambda stage, done, total: progress(prefix + stage, done, total)
+    own, where = [groups[i] for i in train], [sites[i] for i in train]
+    if len(set(own)) < 2:
+        more = "add plots" if by_site else "add plots, or raise the number of folds"
+        raise DataError(
+            f"a fold trains on {len(set(own))} places with heights, and a choice within it wants two: {more}"
+        )
+    if by_site and len(set(where)) > 1:
+        numbers = site_folds(where)
+    else:
+        numbers = assign_folds(own, where, min(_PARTS, len(set(own))), seed=seed)
+    parts: list[list[int]] = [[] for _ in set(numbers)]
+    for index, number in zip(train, numbers, strict=True):
+        parts[number].append(index)
+    return parts

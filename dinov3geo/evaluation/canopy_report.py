@@ -10,12 +10,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dinov3geo.evaluation.canopy import CanopyEvaluation
+from dinov3geo.evaluation.canopy import MEAN, SITE_MEAN, CanopyEvaluation
 from dinov3geo.evaluation.reports import write_bytes
 
 RESULTS_JSON, RESULTS_TABLE = "results.json", "results.md"
 CALIBRATION_PICTURE, BIAS_PICTURE = "calibration.png", "bias.png"
-_CONSTANT = ("mean", "site mean")
+_CONSTANT = (MEAN, SITE_MEAN)
 
 
 def markdown(evaluation: CanopyEvaluation) -> str:
@@ -131,7 +131,8 @@ def _choices(details: Mapping[str, Any]) -> str:
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped) + "\n"
 
 
 def _interval(low: float, high: float) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinov3geo.data.image_folder import IMAGE_SUFFIXES, decode_image, hash_share
 from dinov3geo.errors import DataError, GeoreferenceError, RasterError, UnknownNameError
-from dinov3geo.rasters.bands import RGB, find_bands, ordered_bands
+from dinov3geo.rasters.bands import RGB, described_bands, find_bands, name_bands, ordered_bands
 from dinov3geo.rasters.reader import RASTER_SUFFIXES, SceneReader
 
 SUFFIXES = (*IMAGE_SUFFIXES, *RASTER_SUFFIXES)
@@ -256,7 +256,7 @@ def read_image(
     Args:
         path: JPEG, PNG or raster, with or without a georeference.
         bands: names to read in this order. Where a raster names no bands, it must have just as many, and
-            they are taken to stand in this order. None for all.
+            they are taken to stand in this order; one that names others is refused. None for all.
         order: of the bands in a raster that describes none of them, e.g. that of its sensor; it wins over
             the file's colours, alpha included.
 
@@ -286,11 +286,9 @@ def _positions(
     found = found or find_bands(reader.info, bands)
     if found is not None:
         return found
-    if len(reader.bands) != len(bands):
-        named = ", ".join(name or "unnamed" for name in reader.info.band_names)
-        raise DataError(
-            f"{path} has {len(reader.bands)} bands ({named}), expected {len(bands)}: {', '.join(bands)}"
-        )
+    described = described_bands(reader.info, bands)
+    if any(described) or len(reader.bands) != len(bands):
+        raise _other_bands(path, described if any(described) else [""] * len(reader.bands), bands)
     return reader.bands
 
 
@@ -308,17 +306,27 @@ def _read_plain(path: Path, bands: Sequence[str] | None) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(path) as opened:
-                names = [(text or "").strip().lower() for text in opened.descriptions]
-                chosen = list(range(1, opened.count + 1))
-                if bands is not None and all(name.lower() in names for name in bands):
-                    chosen = [names.index(name.lower()) + 1 for name in bands]
-                elif bands is not None and len(bands) != opened.count:
-                    raise DataError(
-                        f"{path} has {opened.count} bands, expected {len(bands)}: {', '.join(bands)}"
-                    )
+                chosen = None if bands is None else _plain_positions(path, opened.descriptions, bands)
                 return as_tensor(opened.read(chosen))
     except RasterioError as error:
         raise RasterError(f"cannot read {path}: damaged or truncated ({error})") from error
+
+
+def _plain_positions(path: Path, descriptions: Sequence[str | None], bands: Sequence[str]) -> list[int]:
+    names = name_bands(descriptions, bands)
+    if all(name.lower() in names for name in bands):
+        return [names.index(name.lower()) + 1 for name in bands]
+    if any(names) or len(bands) != len(names):
+        raise _other_bands(path, names, bands)
+    return list(range(1, len(names) + 1))
+
+
+def _other_bands(path: Path, names: Sequence[str], wanted: Sequence[str]) -> DataError:
+    listed = ", ".join(name or "unnamed" for name in names)
+    return DataError(
+        f"{path} has {len(names)} bands ({listed}), expected {len(wanted)}: {', '.join(wanted)}; "
+        "name or reorder them"
+    )
 
 
 def as_tensor(numbers: NDArray[np.generic]) -> Tensor:

@@ -25,9 +25,14 @@ def described_bands(info: SceneInfo, wanted: Sequence[str]) -> tuple[str, ...]:
         info: of the file.
         wanted: names that count beside those of the known sensors.
     """
+    return name_bands(info.band_names, wanted)
+
+
+def name_bands(descriptions: Sequence[str | None], wanted: Sequence[str]) -> tuple[str, ...]:
+    """The same of a file's descriptions alone, see `described_bands`."""
     names = {name.lower() for name in wanted}
     known = _KNOWN_NAMES | names
-    texts = (_colour_unless_wanted(text.strip().lower(), names) for text in info.band_names)
+    texts = (_colour_unless_wanted((text or "").strip().lower(), names) for text in descriptions)
     return tuple(text if text in known else "" for text in texts)
 
 

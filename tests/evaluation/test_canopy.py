@@ -225,6 +225,40 @@ def test_a_choice_within_folds_is_scored_on_what_it_never_saw(how, plots, backbo
     assert sum(new == old for new, old in zip(changed, choices, strict=True)) == 1
 
 
+@pytest.mark.parametrize("name", ["mean", CHOSEN])
+def test_a_variant_has_a_name_of_its_own(plots, backbone_file, tmp_path, capsys, name):
+    (tmp_path / "v.yaml").write_text(f"variants: {{{name}: {{}}}}\n")
+    words = ["canopy", "evaluate", "--images", str(plots[0]), "--heights", str(plots[1]), "--folds", "2"]
+    assert main([*words, "--variants", f"{tmp_path}/v.yaml", "--backbone", str(backbone_file)]) == 2
+    assert "the name of another row" in capsys.readouterr().err
+
+
+def test_plots_without_heights_take_no_part_in_a_choice(plots, backbone_file, tmp_path):
+    # With both of these a part of some fold would leave nothing to fit on.
+    for number in (1, 2):
+        with rasterio.open(plots[1] / f"{number}.tif", "r+") as opened:
+            opened.write(np.full(opened.read().shape, -9999, np.float32))
+    variants = {"one": SETTINGS, "two": SETTINGS.model_copy(update={"views": 2})}
+    found = evaluate_folds(
+        *plots, backbone=backbone_file, folds=3, settings=SETTINGS, variants=variants, choose=True
+    )
+    assert len(found.details["choices"]) == 3 and found.row(CHOSEN).scores.count == 4 * 23
+
+
+def test_settings_come_from_a_file(plots, backbone_file, tmp_path):
+    (tmp_path / "c.yaml").write_text("{num_maps: 1, head: {components: 7}, fit: {epochs: 2}}\n")
+    words = ["--images", str(plots[0]), "--heights", str(plots[1]), "--config", f"{tmp_path}/c.yaml"]
+    words += ["--backbone", str(backbone_file), "--cache", f"{tmp_path}/cache", "--seed", "3"]
+    report = tmp_path / "r.json"
+    assert main(["canopy", "evaluate", *words, "--folds", "2", "--json", str(report)]) == 0
+    assert main(["canopy", "fit", *words, "--epochs", "1", "--out", f"{tmp_path}/m"]) == 0
+    used = json.loads(report.read_text())["settings"]["frozen features"]
+    fitted = json.loads((tmp_path / "m" / "card.json").read_text())["settings"]
+    for settings, epochs in ((used, 2), (fitted, 1)):
+        assert (settings["head"]["components"], settings["fit"]["epochs"]) == (7, epochs)
+        assert settings["fit"]["seed"] == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -175,6 +175,7 @@ def test_rasters_with_and_without_place(write_raster, tmp_path):
     names = ("blue", "green", "red", "nir")
     placed = write_raster("a.tif", shape=(4, 20, 20), dtype="uint16", band_names=names)
     everything = read_image(placed)
+    numbers = np.random.default_rng(0).integers(1, 200, (3, 20, 20)).astype(np.uint8)
     chosen = read_image(placed, ("red", "green", "blue"))
     torch.testing.assert_close(chosen, everything[[2, 1, 0]])
     plain = write_raster("b.tif", array=everything.numpy().astype(np.uint16), crs=None, band_names=names)
@@ -183,6 +184,13 @@ def test_rasters_with_and_without_place(write_raster, tmp_path):
     with pytest.raises(DataError, match="4 bands"):
         read_image(unnamed, ("nir", "swir1", "swir2"))
     assert read_image(unnamed, names).shape == (4, 20, 20)
+    assert read_image(unnamed, ("nir", "red"), order=names).shape == (2, 20, 20)
+    for crs in ("EPSG:32617", None):
+        numbered = write_raster("d.tif", array=numbers, crs=crs, band_names=("B02", "B03", "B04"))
+        np.testing.assert_array_equal(read_image(numbered, ("red", "green", "blue")), numbers[::-1])
+        other = write_raster("e.tif", array=numbers, crs=crs, band_names=("nir", "blue", "red"))
+        with pytest.raises(DataError, match=r"\(nir, blue, red\), expected 3: red, green, blue"):
+            read_image(other, ("red", "green", "blue"))
 
 
 def test_command_writes_table_and_pictures(folder, tmp_path, capsys):

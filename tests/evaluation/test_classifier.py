@@ -91,7 +91,7 @@ def test_chips_that_do_not_suit_the_starter_model(tmp_path, capsys, write_raster
     assert code == 2 and "u16.tif holds uint16 numbers" in error
 
 
-def test_bands_are_found_by_the_names_of_the_weights(tmp_path, write_raster):
+def test_bands_are_found_by_the_names_of_the_weights(tmp_path, write_raster, capsys):
     for k, name in enumerate(("reddish", "bluish")):
         for number in range(10):
             pixels = np.full((3, 32, 32), 20 + number, np.uint8)
@@ -105,6 +105,17 @@ def test_bands_are_found_by_the_names_of_the_weights(tmp_path, write_raster):
     words += ["--set", "c_count=4"]
     assert cli.main([str(w) for w in words]) == 0
     assert json.loads((model / "card.json").read_text())["bands"] == ["red", "green", "blue"]
+    strange = write_raster("chips/bluish/strange.tif", array=pixels, band_names=["nir", "blue", "red"])
+    assert cli.main([str(w) for w in [*words, "--overwrite"]]) == 2
+    assert (
+        "strange.tif names its bands nir, blue, red; model 'vit-tiny-aerial' needs 3"
+        in capsys.readouterr().err
+    )
+    strange.unlink()
+    deep = write_raster("chips/bluish/deep.tif", array=pixels.astype(np.uint16) * 20)
+    assert cli.main([str(w) for w in [*words, "--overwrite"]]) == 2
+    assert "holds uint16 numbers" in capsys.readouterr().err
+    deep.unlink()
     for name, order in (("described", ["red", "green", "blue"]), ("plain", [])):
         pixels = np.full((3, 32, 32), 25, np.uint8)
         pixels[0] += 150

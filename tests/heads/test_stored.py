@@ -134,6 +134,9 @@ def test_what_cannot_be_fitted_on_is_one_line(osbs_scene, heights, tmp_path, bac
     for setting in ("num_maps=4", "views=2", "colours=true", "image_scale=2"):
         message = refused(capsys, *fit, "--features", plain, "--set", setting)
         assert message.startswith(f"error: {setting.partition('=')[0]} is ") and "of block 1 alone" in message
+    (tmp_path / "c.yaml").write_text("image_scale: 2\n")
+    message = refused(capsys, *fit, "--features", plain, "--config", tmp_path / "c.yaml")
+    assert message.startswith("error: image_scale is 2")
     assert "either --images, or" in refused(capsys, *fit)
     assert "either --images, or" in refused(capsys, *fit, "--features", plain, "--images", osbs_scene)
     assert "leave out --backbone" in refused(capsys, *fit, "--features", plain, "--backbone", backbone_file)
