@@ -218,6 +218,7 @@ def test_models(capsys):
     assert (card["kind"], card["head_kind"], card["size"]) == ("scene class", "logistic", 64)
     assert code == 0 and json.loads(out)["variants"]["vit_tiny"]["embed_dim"] == 192
     assert "did you mean 'vit-tiny-aerial'" in error_of(capsys, "models", "vit-tiny-aerail")
+    assert "did you mean 'canopy-tiny-aerial'" in error_of(capsys, "models", "canopy-tiny-arial")
 
 
 def test_demo(capsys, tmp_path, osbs_scene, monkeypatch, model_folder):

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dinov3geo.commands.console import print_table
+from dinov3geo.errors import UnknownNameError
 
 
 def models(
@@ -27,8 +28,12 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the weights that come with the package and the architectures, or show one model's card."""
+    from dinov3geo.backbones.hub import is_hub_name
+
     cards = _bundled_cards()
     if name is not None:
+        if name not in cards and not is_hub_name(name) and not Path(name).exists():
+            raise UnknownNameError("model", name, [*cards, "a path", "hub:owner/repository"])
         card = cards[name] if name in cards else _foreign_card(name, download=download)
         print(json.dumps(card, indent=2))
         return
