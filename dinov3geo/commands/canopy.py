@@ -20,7 +20,6 @@ from dinov3geo.commands.console import (
     warn,
 )
 from dinov3geo.commands.options import (
-    Backbone,
     BatchSize,
     Cache,
     Changes,
@@ -31,6 +30,7 @@ from dinov3geo.commands.options import (
     Epochs,
     Gsd,
     HeadSettings,
+    HeightBackbone,
     Heights,
     Images,
     ImagesOrNone,
@@ -76,7 +76,7 @@ def fit(
     out: ModelFolder,
     images: ImagesOrNone = None,
     features: StoredFeatures = None,
-    backbone: Backbone = None,
+    backbone: HeightBackbone = None,
     config: HeadSettings = None,
     epochs: Epochs = None,
     seed: Seed = None,
@@ -147,7 +147,7 @@ def evaluate(
             metavar="N", min=2, help="Fit and score by plot in N parts, beside baselines.", show_default=False
         ),
     ] = None,
-    backbone: Backbone = None,
+    backbone: HeightBackbone = None,
     report_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the whole report.", show_default=False),

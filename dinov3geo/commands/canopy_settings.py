@@ -64,13 +64,14 @@ def print_plan(
     Raises:
         UserError: data or backbone cannot be used.
     """
-    from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, locate_weights
+    from dinov3geo.backbones.zoo import locate_weights
     from dinov3geo.config import dump_model
     from dinov3geo.data.pairs import match_pairs
+    from dinov3geo.heads.canopy import CANOPY_BACKBONE
     from dinov3geo.heads.stored import check_stored, match_stored, open_scenes, shared_facts
 
     if images:
-        weights = str(locate_weights(backbone or DEFAULT_BACKBONE))
+        weights = str(locate_weights(backbone or CANOPY_BACKBONE))
         match = match_pairs(images, heights, max_size=settings.max_window)
     else:
         scenes = open_scenes(features or [])

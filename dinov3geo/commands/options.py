@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from dinov3geo.backbones import base
     from dinov3geo.features.extract import FeatureCache
 
+_NAMES = "A name from `dinov3geo models`, the folder of a pretraining run, or a .safetensors file."
 Backbone = Annotated[
+    str | None, typer.Option(metavar="NAME|PATH", help=_NAMES, show_default="the starter weights")
+]
+HeightBackbone = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME|PATH",
-        help="A name from `dinov3geo models`, the folder of a pretraining run, or a .safetensors file.",
-        show_default="the starter weights",
-    ),
+    typer.Option("--backbone", metavar="NAME|PATH", help=_NAMES, show_default="that of the starter model"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]

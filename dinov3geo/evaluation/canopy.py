@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from dinov3geo.backbones.base import Backbone
-from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
+from dinov3geo.backbones.zoo import load_backbone
 from dinov3geo.data.pairs import PairArrays, PairMatch, RasterPair, Spec, match_pairs
 from dinov3geo.errors import ConfigError, DataError
 from dinov3geo.evaluation.baselines import (
@@ -42,7 +42,7 @@ from dinov3geo.evaluation.regression_metrics import (
 from dinov3geo.evaluation.reports import finite, write_bytes
 from dinov3geo.features.extract import FeatureCache, default_blocks, weights_digest
 from dinov3geo.heads.base import HeightModel
-from dinov3geo.heads.canopy import CanopySettings
+from dinov3geo.heads.canopy import CANOPY_BACKBONE, CanopySettings
 from dinov3geo.heads.fit import FitSample
 from dinov3geo.heads.samples import StageProgress, build_samples, cell_validity, load_model_pair
 
@@ -220,7 +220,7 @@ def evaluate_folds(
     Args:
         images: folder, glob, file or list of them.
         heights: likewise; matched to the images by georeference.
-        backbone: name or path, or None for the bundled one.
+        backbone: name or path, or None for `CANOPY_BACKBONE`.
         folds: number of parts.
         seed: of the folds and of gradient boosting; the head has its own in `settings.fit`.
         settings: of the head; None for the defaults.
@@ -250,7 +250,7 @@ def evaluate_folds(
     settings = settings or CanopySettings()
     chosen = dict(variants or {FROZEN_FEATURES: settings})
     _check_variants(chosen, settings)
-    frozen = load_backbone(DEFAULT_BACKBONE if backbone is None else backbone)
+    frozen = load_backbone(CANOPY_BACKBONE if backbone is None else backbone)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match = match_pairs(images, heights, max_size=settings.max_window)
     plots = _load_plots(match.pairs, site_pattern, frozen)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from dinov3geo.backbones.zoo import DEFAULT_BACKBONE, load_backbone
+from dinov3geo.backbones.zoo import load_backbone
 from dinov3geo.data.pairs import Spec, match_pairs
 from dinov3geo.errors import DataError
 from dinov3geo.features.extract import FeatureCache, apply_view, default_blocks, undo_view
@@ -37,6 +37,9 @@ from dinov3geo.heads.registration import find_shift, inner_folds, move_back
 from dinov3geo.heads.samples import StageProgress, build_samples
 
 DEFAULT_MODEL = "canopy-tiny-aerial"
+# With few plots, too, heights come better from its features than from those of a small transformer
+# (benchmarks/results/2026-11-29_filters).
+CANOPY_BACKBONE = "filters-aerial"
 BUNDLED_MODELS = (DEFAULT_MODEL,)
 CanopyHead = ContextHead | DPTHead
 CANOPY_HEIGHT = OutputSpec("canopy_height", unit="m", minimum=0.0, maximum=80.0)
@@ -46,7 +49,7 @@ class HeadSettings(BaseModel):
     """Kind and shape of the head.
 
     Attributes:
-        kind: `"context"` for few plots (`ContextHead`), `"dpt"` for many (`DPTHead`).
+        kind: `"dpt"` (`DPTHead`), or `"context"` (`ContextHead`), which is smaller and sees further.
         components: principal components of a context head.
         hidden: width of its MLP.
         channels: width of a DPT head's pyramid.
@@ -58,11 +61,11 @@ class HeadSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["context", "dpt"] = "context"
+    kind: Literal["context", "dpt"] = "dpt"
     components: int = Field(default=64, ge=1)
     hidden: int = Field(default=64, ge=1)
     channels: int = Field(default=32, ge=2)
-    finest: Literal[1, 2, 4] = 2
+    finest: Literal[1, 2, 4] = 1
     bins: int = Field(default=0, ge=0)
     members: int = Field(default=1, ge=1)
     dropout: float = Field(default=0.2, ge=0, lt=1)
@@ -210,7 +213,7 @@ def fit_canopy(
         images: folder, glob, file or list of them.
         heights: likewise; matched to the images by georeference.
         out: folder of the model.
-        backbone: name or path, or None for the bundled one.
+        backbone: name or path, or None for `CANOPY_BACKBONE`.
         settings: how; None for the defaults.
         overwrite: replace an existing folder.
         cache: of features, or None to keep none.
@@ -226,7 +229,7 @@ def fit_canopy(
     """
     settings = settings or CanopySettings()
     check_free(out, what="canopy", overwrite=overwrite)
-    source = DEFAULT_BACKBONE if backbone is None else backbone
+    source = CANOPY_BACKBONE if backbone is None else backbone
     frozen = load_backbone(source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match = match_pairs(images, heights, max_size=settings.max_window)

@@ -24,6 +24,7 @@ class HeightFitSettings(FitSettings):
     up to `edge_share` of the steps.
 
     Attributes:
+        epochs: as in `FitSettings`.
         silog_share: share of the steps over which SiLog fades into Charbonnier; 0 for none.
         silog_weight: brings SiLog, which has no unit, to the size of an error in metres.
         silog_floor_m: metres added before the logarithm.
@@ -36,6 +37,7 @@ class HeightFitSettings(FitSettings):
         tall_m: a plot is tall if a tenth of its cells is above.
     """
 
+    epochs: int = Field(default=60, ge=1)
     silog_share: float = Field(default=0.0, ge=0, le=1)
     silog_weight: float = Field(default=10.0, ge=0)
     silog_floor_m: float = Field(default=1.0, gt=0)

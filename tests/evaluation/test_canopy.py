@@ -150,9 +150,9 @@ def test_heights_without_any_value_are_refused(plots, backbone_file, write_raste
 
 VARIANTS = """
 variants:
-  plain: {num_maps: 1, head: {components: 8}, fit: {epochs: 2}}
+  plain: {num_maps: 1, head: {kind: context, components: 8}, fit: {epochs: 2}}
   all of it:
-    {num_maps: 1, colours: true, register_cells: 1, head: {components: 8, members: 2, bins: 8},
+    {num_maps: 1, colours: true, register_cells: 1, head: {kind: context, components: 8, members: 2, bins: 8},
      fit: {epochs: 2, silog_share: 0.5, edge_weight: 0.1, tall_share: 0.3}}
 """
 
@@ -183,8 +183,8 @@ def test_variants_across_sites_with_shifts_go_on_where_they_were(plots, backbone
 
 CHOICES = """
 variants:
-  nothing learnt: {num_maps: 1, head: {components: 8, dropout: 0}, fit: {epochs: 1, learning_rate: 1.0e-6}}
-  learnt: {num_maps: 1, head: {components: 8, dropout: 0}, fit: {epochs: 120}}
+  nothing learnt: {num_maps: 1, head: {kind: context, dropout: 0}, fit: {epochs: 1, learning_rate: 1.0e-6}}
+  learnt: {num_maps: 1, head: {kind: context, dropout: 0}, fit: {epochs: 120}}
 """
 
 
@@ -246,7 +246,7 @@ def test_plots_without_heights_take_no_part_in_a_choice(plots, backbone_file, tm
 
 
 def test_settings_come_from_a_file(plots, backbone_file, tmp_path):
-    (tmp_path / "c.yaml").write_text("{num_maps: 1, head: {components: 7}, fit: {epochs: 2}}\n")
+    (tmp_path / "c.yaml").write_text("{num_maps: 1, head: {channels: 6}, fit: {epochs: 2}}\n")
     words = ["--images", str(plots[0]), "--heights", str(plots[1]), "--config", f"{tmp_path}/c.yaml"]
     words += ["--backbone", str(backbone_file), "--cache", f"{tmp_path}/cache", "--seed", "3"]
     report = tmp_path / "r.json"
@@ -255,7 +255,7 @@ def test_settings_come_from_a_file(plots, backbone_file, tmp_path):
     used = json.loads(report.read_text())["settings"]["frozen features"]
     fitted = json.loads((tmp_path / "m" / "card.json").read_text())["settings"]
     for settings, epochs in ((used, 2), (fitted, 1)):
-        assert (settings["head"]["components"], settings["fit"]["epochs"]) == (7, epochs)
+        assert (settings["head"]["channels"], settings["fit"]["epochs"]) == (6, epochs)
         assert settings["fit"]["seed"] == 3
 
 

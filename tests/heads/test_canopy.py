@@ -16,6 +16,7 @@ from dinov3geo.errors import ConfigError, DataError, GeoreferenceError, RasterEr
 from dinov3geo.features.extract import FeatureCache
 from dinov3geo.heads import canopy, epochs
 from dinov3geo.heads.canopy import (
+    CANOPY_BACKBONE,
     CanopySettings,
     HeadSettings,
     fit_canopy,
@@ -31,7 +32,7 @@ SETTINGS = CanopySettings(
     views=2,
     predict_views=2,
     num_maps=2,
-    head=HeadSettings(channels=8, finest=1),
+    head=HeadSettings(kind="context"),
     fit=FitSettings(epochs=2, batch_pixels=4096),
 )
 
@@ -93,8 +94,8 @@ def test_fit_writes_a_whole_model_with_its_card(fitted):
     ("changes", "state"),
     [
         ({"kind": "dpt", "channels": 4, "finest": 1}, ".cut.fit"),
-        ({"components": 4, "hidden": 8}, ".cut.fit0"),
-        ({"components": 4, "hidden": 8, "members": 2}, ".cut.fit1"),
+        ({"kind": "context", "components": 4, "hidden": 8}, ".cut.fit0"),
+        ({"kind": "context", "components": 4, "hidden": 8, "members": 2}, ".cut.fit1"),
     ],
 )
 def test_the_same_command_goes_on_with_an_interrupted_fit(
@@ -280,6 +281,12 @@ def test_damaged_cards_are_named(fitted, change, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_canopy_model(fitted[0])
     assert "card.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_starter_model_is_what_a_fit_gives_that_is_told_nothing():
+    card = load_canopy_model().card
+    assert CanopySettings.model_validate(card["settings"]) == CanopySettings()
+    assert card["backbone"]["bundled"] == CANOPY_BACKBONE
 
 
 def test_a_head_that_does_not_fit_its_card_is_an_error(fitted):

@@ -52,5 +52,5 @@ def test_a_patch_sees_its_surroundings(samples):
 
 
 def test_settings_build_either_kind():
-    assert isinstance(HeadSettings().build([4, 4], output=OUTPUT), ContextHead)
-    assert isinstance(HeadSettings(kind="dpt").build([4, 4], output=OUTPUT), DPTHead)
+    assert isinstance(HeadSettings(kind="context").build([4, 4], output=OUTPUT), ContextHead)
+    assert isinstance(HeadSettings().build([4, 4], output=OUTPUT), DPTHead)

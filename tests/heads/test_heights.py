@@ -108,7 +108,7 @@ def test_members_are_fitted_apart_and_averaged():
         features = torch.randn(4, 6, 6, generator=generator)
         view = FitView((features,), (6, 6), 10 + 3 * features[0], torch.ones(6, 6, dtype=torch.bool))
         samples.append(FitSample((view,), 1, f"p{k}"))
-    head_settings = HeadSettings(components=8, hidden=8, members=3)
+    head_settings = HeadSettings(kind="context", components=8, hidden=8, members=3)
     settings = CanopySettings(head=head_settings, fit=HeightFitSettings(epochs=5, batch_pixels=72))
     head, _ = fit_canopy_head(samples, settings, device=torch.device("cpu"))
     assert isinstance(head, ContextHead) and len(head.members) == 3

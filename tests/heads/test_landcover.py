@@ -16,7 +16,7 @@ from dinov3geo.config import load_model
 from dinov3geo.data.labels import ClassScheme
 from dinov3geo.errors import ConfigError
 from dinov3geo.evaluation.canopy import CanopyVariants
-from dinov3geo.heads.canopy import CanopySettings, load_canopy_model
+from dinov3geo.heads.canopy import load_canopy_model
 from dinov3geo.heads.landcover import LandcoverSettings, load_landcover_model
 
 X, Y = 400_000.0, 3_280_000.0
@@ -203,11 +203,5 @@ def test_every_file_of_classes_and_heads_can_be_read(project_root):
     for path in (project_root / "configs" / "classes").glob("*.yaml"):
         assert len(load_model(ClassScheme, path).classes) >= 2
     for path in (project_root / "configs" / "heads").glob("*.yaml"):
-        kinds = {"canopy_dpt.yaml": CanopySettings}
-        usual = CanopyVariants if path.name.startswith("canopy") else LandcoverSettings
-        assert load_model(kinds.get(path.name, usual), path)
-
-
-def test_the_starter_model_has_the_settings_of_its_file(project_root):
-    wanted = load_model(CanopySettings, project_root / "configs" / "heads" / "canopy_dpt.yaml")
-    assert CanopySettings.model_validate(load_canopy_model().card["settings"]) == wanted
+        kind = CanopyVariants if path.name.startswith("canopy") else LandcoverSettings
+        assert load_model(kind, path)
