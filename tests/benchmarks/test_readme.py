@@ -1,6 +1,7 @@
 """The tables of the README are those of benchmarks/results."""
 
 import importlib.util
+import json
 
 import pytest
 
@@ -33,6 +34,33 @@ def test_a_mark_gets_its_table(readme, results):
     assert new.index("| b | 0.700") < new.index("| a | 0.500") and "linear" not in new
     assert readme.filled(new, results) == new
     assert "linear" in readme.filled(text.replace(' methods="kNN"', ""), results)
+
+
+def test_canopy_heights_get_their_table(readme, results):
+    rows = [
+        {"method": "trees", "site": site, "mae": mae, "rmse": 2, "bias": -0.5, "r2": 0.25, "block_r2": 0.1239}
+        for site, mae in (("all", 1.234), ("X", 9.0))
+    ]
+    (results / "c.json").write_text(json.dumps({"rows": rows}))
+    text = "<!-- canopy\nc.json | trees | our `trees`\n-->\n<!-- /canopy -->\n"
+    marked = f"<!-- results 2026_set -->\n<!-- /results -->\n{text}"
+    new = readme.filled(marked, results)
+    assert "| our `trees` | 1.23 | 2.00 | -0.50 | 0.250 | 0.124 |\n<!-- /canopy -->" in new
+    assert readme.filled(new, results) == new
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("c.json | trees", "expected FILE | METHOD | NAME"),
+        ("none.json | trees | x", "no readable report none.json"),
+        ("2026_set/results.json | trees | x", "no readable report|no method 'trees'"),
+    ],
+)
+def test_bad_rows_of_canopy_heights(readme, results, line, message):
+    marks = "<!-- results 2026_set -->\n<!-- /results -->\n"
+    with pytest.raises(ValueError, match=message):
+        readme.filled(f"{marks}<!-- canopy\n{line}\n-->\n<!-- /canopy -->\n", results)
 
 
 @pytest.mark.parametrize(
