@@ -97,7 +97,7 @@ def filled(text: str, folder: Path = FOLDER) -> str:
     Raises:
         ConfigError: no marks, or one that names something that is not there.
     """
-    if not _MARK.search(text):
+    if not (_MARK.search(text) or _CANOPY_MARK.search(text)):
         raise ConfigError("no marks <!-- results FOLDER --> and <!-- /results --> to write between")
 
     def table(found: re.Match[str]) -> str:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def print_evaluation(evaluation: CanopyEvaluation) -> None:
-    """Errors by method, by method and site, and by true height, on stdout."""
+    """Errors by method and site, by true height, and what was chosen by, on stdout."""
+    from dinov3geo.evaluation.canopy import CHOICE_TITLE
+
     by_site = [
         [row.method, row.site, str(row.scores.count)]
         + [f"{n:.2f}" for n in (row.scores.mae, row.scores.rmse, row.scores.bias)]
@@ -34,17 +36,9 @@ def print_evaluation(evaluation: CanopyEvaluation) -> None:
     ]
     print()
     print_table(header, rows)
-    choices = evaluation.details.get("choices")
-    if choices:
-        print()
-        names = list(choices[0]["mae_m"])
-        print_table(
-            ["MAE [m] within the training part of", *names, "chosen"],
-            [
-                [f"fold {c['fold']}", *(f"{c['mae_m'][name]:.2f}" for name in names), c["chosen"]]
-                for c in choices
-            ],
-        )
+    if choices := evaluation.choice_rows():
+        print(f"\n{CHOICE_TITLE}:\n")
+        print_table(choices[0], choices[1:])
 
 
 def print_reports(reports: Sequence[PredictionReport]) -> None:

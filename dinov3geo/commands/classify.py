@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from dinov3geo.evaluation.results import Row
 
+# About so many of them tell of a wrong scale; reading all would cost a cached fit its speed.
+_CHECKED_CHIPS = 200
+
 classify = typer.Typer(help="Classes of whole images.", no_args_is_help=True)
 
 ClassFolder = Annotated[
@@ -107,13 +110,16 @@ def fit(
         sensor=None if sensor is None else get_sensor(sensor),
         stem=stem,
     )
+    # Chips are seen at whatever size the classes were.
+    expected = replace(ModelInput.of_backbone(network), gsd_m=None)
     own_bands = wanted is None
     if own_bands:
-        wanted = ModelInput.of_backbone(network).normalization.bands
+        wanted = expected.normalization.bands
     images = class_folders(folder, bands=wanted, order=sensor_order(sensor))
     if own_bands:
-        # As `predict` will look at what it is given; chips are seen at whatever size the classes were.
-        check_chips(list_images(folder), replace(ModelInput.of_backbone(network), gsd_m=None), size)
+        # As `predict` looks at all it is given; here some tell of numbers of another scale.
+        files = list_images(folder)
+        check_chips(files[:: max(len(files) // _CHECKED_CHIPS, 1)], expected, size)
     with progress_bar("fit") as tell:
         model = fit_classifier(
             images,

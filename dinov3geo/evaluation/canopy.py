@@ -50,6 +50,7 @@ REPORT_FORMAT = "dinov3geo-canopy-evaluation/1"
 # 10 m on the 1 m heights of NEON, whose plots of 20 to 40 m have no room for CHMv2's 50 cells.
 DEFAULT_BLOCK = 10
 FROZEN_FEATURES = "frozen features"
+CHOICE_TITLE = "MAE [m] on held-out parts of each fold's training plots"
 MEAN, SITE_MEAN = "mean", "site mean"
 BOOSTING, BOOSTING_ABSOLUTE = "gradient boosting", "gradient boosting (absolute error)"
 BASELINES = (MEAN, SITE_MEAN, BOOSTING, BOOSTING_ABSOLUTE)
@@ -112,6 +113,16 @@ class CanopyEvaluation:
             if (row.method, row.site) == (method, site):
                 return row
         raise KeyError((method, site))
+
+    def choice_rows(self) -> list[list[str]]:
+        """Header and a line per fold of the variants' errors [m] and the choice; empty without one."""
+        choices = self.details.get("choices")
+        if not choices:
+            return []
+        lines = [
+            [str(c["fold"]), *(f"{error:.2f}" for error in c["mae_m"].values()), c["chosen"]] for c in choices
+        ]
+        return [["fold", *choices[0]["mae_m"], "chosen"], *lines]
 
     def to_json(self) -> str:
         """The report as indented JSON; numbers that do not exist (an empty bin's error) are null."""
@@ -290,7 +301,7 @@ def evaluate_folds(
         "seed": seed,
         "block_cells": block,
         "settings": {name: own.model_dump() for name, own in chosen.items()},
-        "choices": [choice.to_json() for choice in choices],
+        "choices": [asdict(choice) for choice in choices],
         "registration": None if report is None else report.to_json(),
     }
     return _finish(table, details, json_path)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +35,6 @@ class Choice:
     fold: int
     chosen: str
     mae_m: Mapping[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """For the report."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from dinov3geo.evaluation.canopy import MEAN, SITE_MEAN, CanopyEvaluation
+from dinov3geo.evaluation.canopy import CHOICE_TITLE, MEAN, SITE_MEAN, CanopyEvaluation
 from dinov3geo.evaluation.reports import write_bytes
 
 RESULTS_JSON, RESULTS_TABLE = "results.json", "results.md"
@@ -33,8 +31,8 @@ def markdown(evaluation: CanopyEvaluation) -> str:
     names = [f"{_interval(first[k].low, first[k].high)} ({first[k].count})" for k in shown]
     biases = [[m, *(f"{bins[k].bias:+.2f}" for k in shown)] for m, bins in evaluation.bins.items()]
     parts.append(_table(["method", *names], biases))
-    if evaluation.details.get("choices"):
-        parts += ["MAE [m] on held-out parts of each fold's training plots:\n", _choices(evaluation.details)]
+    if choices := evaluation.choice_rows():
+        parts += [f"{CHOICE_TITLE}:\n", _table(choices[0], choices[1:])]
     registration = evaluation.details.get("registration")
     if registration:
         parts.append(_registration(registration))
@@ -121,12 +119,6 @@ def _registration(found: dict[str, object]) -> str:
     lines.append("Heights moved on purpose, and what was found beyond the shift that was there before:\n")
     header = ["moved", *names, "single plots: median error", "within 1 cell"]
     return "\n".join([*lines, _table(header, rows)])
-
-
-def _choices(details: Mapping[str, Any]) -> str:
-    found = details["choices"]
-    rows = [[str(c["fold"]), *(f"{error:.2f}" for error in c["mae_m"].values()), c["chosen"]] for c in found]
-    return _table(["fold", *found[0]["mae_m"], "chosen"], rows)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinov3geo.data.image_folder import IMAGE_SUFFIXES, decode_image, hash_share
 from dinov3geo.errors import DataError, GeoreferenceError, RasterError, UnknownNameError
-from dinov3geo.rasters.bands import RGB, described_bands, find_bands, name_bands, ordered_bands
+from dinov3geo.rasters.bands import RGB, described_bands, find_bands, find_in_order, name_bands, ordered_bands
 from dinov3geo.rasters.reader import RASTER_SUFFIXES, SceneReader
 
 SUFFIXES = (*IMAGE_SUFFIXES, *RASTER_SUFFIXES)
@@ -276,7 +276,7 @@ def read_image(
                     return _whole(other)
             return _whole(reader)
     except GeoreferenceError:
-        return _read_plain(path, bands)
+        return _read_plain(path, bands, order)
 
 
 def _positions(
@@ -298,7 +298,7 @@ def _whole(reader: SceneReader) -> Tensor:
     return as_tensor(numbers)
 
 
-def _read_plain(path: Path, bands: Sequence[str] | None) -> Tensor:
+def _read_plain(path: Path, bands: Sequence[str] | None, order: Sequence[str] | None) -> Tensor:
     """A raster without a georeference: image tiles of benchmarks often have none."""
     import warnings
 
@@ -306,14 +306,19 @@ def _read_plain(path: Path, bands: Sequence[str] | None) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(path) as opened:
-                chosen = None if bands is None else _plain_positions(path, opened.descriptions, bands)
+                texts = opened.descriptions
+                chosen = None if bands is None else _plain_positions(path, texts, bands, order)
                 return as_tensor(opened.read(chosen))
     except RasterioError as error:
         raise RasterError(f"cannot read {path}: damaged or truncated ({error})") from error
 
 
-def _plain_positions(path: Path, descriptions: Sequence[str | None], bands: Sequence[str]) -> list[int]:
+def _plain_positions(
+    path: Path, descriptions: Sequence[str | None], bands: Sequence[str], order: Sequence[str] | None
+) -> list[int]:
     names = name_bands(descriptions, bands)
+    if order is not None and not any(names):
+        return list(find_in_order(path, len(names), bands, order))
     if all(name.lower() in names for name in bands):
         return [names.index(name.lower()) + 1 for name in bands]
     if any(names) or len(bands) != len(names):

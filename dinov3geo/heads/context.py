@@ -58,8 +58,9 @@ class ComponentDecoder(Head):
 class ContextHead(Head):
     """Patch features and their means over surrounding squares -> one height per patch -> pixels.
 
-    With some dozens of training plots a convolutional decoder learns the plots by heart; here most numbers
-    are principal components, which need no labels, and only a small MLP with dropout is fitted to heights.
+    Most numbers are principal components, which need no labels; only a small MLP with dropout is fitted to
+    heights. It sees further than a small `DPTHead`, which is the better one on a bank of filters
+    (benchmarks/results/2026-11-29_filters).
     """
 
     basis: Tensor

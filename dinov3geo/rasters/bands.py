@@ -81,8 +81,13 @@ def ordered_bands(info: SceneInfo, wanted: Sequence[str], order: Sequence[str]) 
     """
     if any(described_bands(info, wanted)):
         return None
-    if info.num_bands != len(order):
-        raise DataError(f"{info.path} has {info.num_bands} bands, expected {len(order)}: {', '.join(order)}")
+    return find_in_order(info.path, info.num_bands, wanted, order)
+
+
+def find_in_order(path: Path, num_bands: int, wanted: Sequence[str], order: Sequence[str]) -> tuple[int, ...]:
+    """The same of a file of which only the number of bands is known; errors as in `ordered_bands`."""
+    if num_bands != len(order):
+        raise DataError(f"{path} has {num_bands} bands, expected {len(order)}: {', '.join(order)}")
     for name in wanted:
         if name not in order:
             raise UnknownNameError("band", name, order)

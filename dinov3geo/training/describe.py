@@ -8,6 +8,7 @@ import torch
 
 from dinov3geo.backbones.base import Backbone
 from dinov3geo.backbones.device import resolve_device
+from dinov3geo.backbones.hub import is_hub_name
 from dinov3geo.backbones.zoo import BUNDLED
 from dinov3geo.data.indexed import IndexedChips
 from dinov3geo.data.mixture import DataSettings, check_bands, network_bands, open_sources
@@ -141,7 +142,7 @@ def _teacher_line(settings: DistillSettings) -> tuple[str, int, int | None]:
 
 def _is_missing(path: Path) -> bool:
     """Whether nothing is there yet: another run may be to make it."""
-    return str(path) not in BUNDLED and not str(path).startswith("hub:") and not path.exists()
+    return str(path) not in BUNDLED and not is_hub_name(str(path)) and not path.exists()
 
 
 def _student_bytes(settings: DistillSettings, backbone: Backbone, ranks: int) -> int:

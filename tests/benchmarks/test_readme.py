@@ -47,6 +47,7 @@ def test_canopy_heights_get_their_table(readme, results):
     new = readme.filled(marked, results)
     assert "| our `trees` | 1.23 | 2.00 | -0.50 | 0.250 | 0.124 |\n<!-- /canopy -->" in new
     assert readme.filled(new, results) == new
+    assert "1.23" in readme.filled(text, results)
 
 
 @pytest.mark.parametrize(

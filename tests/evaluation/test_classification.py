@@ -186,6 +186,11 @@ def test_rasters_with_and_without_place(write_raster, tmp_path):
     assert read_image(unnamed, names).shape == (4, 20, 20)
     assert read_image(unnamed, ("nir", "red"), order=names).shape == (2, 20, 20)
     for crs in ("EPSG:32617", None):
+        blank = write_raster("f.tif", array=numbers, crs=crs, band_names=[])
+        ordered = read_image(blank, ("nir", "red"), order=("red", "green", "nir"))
+        np.testing.assert_array_equal(ordered, numbers[[2, 0]])
+        with pytest.raises(DataError, match="has 3 bands, expected 4"):
+            read_image(blank, ("nir", "red"), order=names)
         numbered = write_raster("d.tif", array=numbers, crs=crs, band_names=("B02", "B03", "B04"))
         np.testing.assert_array_equal(read_image(numbered, ("red", "green", "blue")), numbers[::-1])
         other = write_raster("e.tif", array=numbers, crs=crs, band_names=("nir", "blue", "red"))
