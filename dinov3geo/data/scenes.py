@@ -190,7 +190,7 @@ class SceneDataset(RasterDataset):
             The sample described at the class.
 
         Raises:
-            IndexError: no file lies there.
+            IndexError: no file lies there, or less than half a pixel is asked for.
             RasterError: a file is damaged.
             DataError: NaN that no nodata explains.
         """
@@ -241,6 +241,11 @@ class SceneDataset(RasterDataset):
         if not rows:
             raise IndexError(f"no scene at {bounds} of {self.crs.name}, {t.start} to {t.stop}")
         height, width = round((y.stop - y.start) / y.step), round((x.stop - x.start) / x.step)
+        if not (height > 0 and width > 0):
+            raise IndexError(
+                f"the query {bounds} holds no pixel of {x.step:g} x {y.step:g}; ask for a wider one, or give "
+                "smaller pixels (res)"
+            )
         resampled = self._crs_forced or not same_resolution((x.step, y.step), self._native_res, 1e-9)
         if not resampled and all(catalog.share_lattice[row] for row in rows):
             line, col, transform = catalog.window(rows[0], x.start, y.stop)
