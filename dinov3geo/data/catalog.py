@@ -216,6 +216,21 @@ def own_grid(
     return first, own.window_grid(Window(round(col), round(row), size[1], size[0]))
 
 
+def pixels_of(x: slice, y: slice) -> tuple[int, int]:
+    """Rows and columns of a query whose steps are pixels.
+
+    Raises:
+        IndexError: it holds less than half a pixel.
+    """
+    height, width = round((y.stop - y.start) / y.step), round((x.stop - x.start) / x.step)
+    if not (height > 0 and width > 0):
+        raise IndexError(
+            f"the query {x.start} to {x.stop}, {y.start} to {y.stop} holds no pixel of {x.step:g} x "
+            f"{y.step:g}; ask for a wider one, or give smaller pixels (res)"
+        )
+    return height, width
+
+
 def filled_slice(part: slice, whole: tuple[Any, Any], step: float) -> slice:
     """A slice with what it leaves out."""
     return slice(

@@ -28,6 +28,7 @@ from dinov3geo.data.catalog import (
     common_resolution,
     filled_slice,
     own_grid,
+    pixels_of,
     same_resolution,
     seconds,
     shared_crs,
@@ -240,12 +241,7 @@ class SceneDataset(RasterDataset):
         rows = catalog.find(bounds, *((None, None) if always else (t.start, t.stop)))[:: t.step]
         if not rows:
             raise IndexError(f"no scene at {bounds} of {self.crs.name}, {t.start} to {t.stop}")
-        height, width = round((y.stop - y.start) / y.step), round((x.stop - x.start) / x.step)
-        if not (height > 0 and width > 0):
-            raise IndexError(
-                f"the query {bounds} holds no pixel of {x.step:g} x {y.step:g}; ask for a wider one, or give "
-                "smaller pixels (res)"
-            )
+        height, width = pixels_of(x, y)
         resampled = self._crs_forced or not same_resolution((x.step, y.step), self._native_res, 1e-9)
         if not resampled and all(catalog.share_lattice[row] for row in rows):
             line, col, transform = catalog.window(rows[0], x.start, y.stop)
